@@ -1,0 +1,1 @@
+"""Publish, verify and resume; Hugging Face tensors and ranks' slices."""

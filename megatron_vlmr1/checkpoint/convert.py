@@ -1,0 +1,82 @@
+"""Between Hugging Face directories and checkpoints, and proofs that nothing was lost."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_vlmr1.checkpoint import store, weights, writer
+from megatron_vlmr1.checkpoint.locate import hf_directory
+from megatron_vlmr1.config import ParallelConfig
+from megatron_vlmr1.models.families import read_shape
+from megatron_vlmr1.models.vlm import VlmModel
+from megatron_vlmr1.parallel.job import joined
+from megatron_vlmr1.runtime import device, distributed
+
+
+def export(checkpoint: Path, out: Path) -> Path:
+    """Copy a checkpoint's Hugging Face directory, verified before and complete before it gets its name.
+
+    Raises:
+        ValueError: `out` exists, or the checkpoint is damaged or not there.
+        OSError: the disk failed; nothing was published.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: exists already; name a new directory")
+    source = hf_directory(checkpoint)
+    weights.HfWeights(source).check(read_shape(source))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f"{out.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        shutil.copytree(source, temporary)
+        store.flush_tree(temporary)
+        temporary.rename(out)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return out
+
+
+def roundtrip(source: Path, out: Path, layout: ParallelConfig, precision: str) -> None:
+    """Load on all ranks of a layout and save through the checkpoint writer; called by each rank.
+
+    Raises:
+        ValueError: the source or the layout does not fit.
+    """
+    with joined(layout, seed=0) as mesh:
+        directory = hf_directory(source, check=mesh.rank == 0)
+        shape = read_shape(directory)
+        shape.check_layout(mesh.tp_size, mesh.pp_size)
+        model = VlmModel(shape, mesh, device.DTYPES[precision])
+        weights.load(model, weights.HfWeights(directory))
+        name = distributed.broadcast_text(f"{out.name}.tmp-{secrets.token_hex(4)}")
+        temporary = out.with_name(name)
+        if mesh.rank == 0:
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        writer.save(model, directory, temporary)
+        if mesh.rank == 0:
+            store.flush_tree(temporary)
+            temporary.rename(out)
+
+
+def differences(left: Path, right: Path) -> list[str]:
+    """Compare the tensors of two directories: one line for each that is missing, misshapen or different.
+
+    Raises:
+        ValueError: one of them holds no model.
+    """
+    a, b = (weights.HfWeights(hf_directory(path)) for path in (left, right))
+    out = [f"{name}: only in {left}" for name in sorted(a.names() - b.names())]
+    out += [f"{name}: only in {right}" for name in sorted(b.names() - a.names())]
+    for name in sorted(a.names() & b.names()):
+        x, y = a.tensor(name), b.tensor(name)
+        if x.shape != y.shape or x.dtype != y.dtype:
+            out.append(f"{name}: {list(x.shape)} {x.dtype} against {list(y.shape)} {y.dtype}")
+        elif not torch.equal(x, y):
+            out.append(f"{name}: largest difference {(x.double() - y.double()).abs().max():.3g}")
+    return out

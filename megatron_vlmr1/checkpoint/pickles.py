@@ -1,0 +1,68 @@
+"""Loading megatron-core's checkpoints without running anybody's code.
+
+Their metadata is a pickle, and so are small objects among the tensors. Metadata is read here first, by an unpickler
+that knows an allow-list of plain classes; everything else goes through `torch.load`, which is held to its own.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle  # noqa: S403 - restricted below
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+# Classes of torch's distributed checkpoint metadata: plain records, whose making runs no code of the file's choice.
+_ALLOWED = {
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata"},
+    "torch": {"Size", "bfloat16", "float16", "float32", "int32", "int64", "uint8"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "torch.serialization": {"_get_layout"},
+}
+
+
+class _Restricted(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            raise ValueError(f"asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+@contextmanager
+def guarded(directory: Path) -> Iterator[None]:
+    """Check the metadata of a megatron-core checkpoint; within the block `torch.load` builds known types only.
+
+    Raises:
+        ValueError: the metadata names a class outside the allow-list, or is no pickle; nothing was built.
+    """
+    path = directory / ".metadata"
+    try:
+        _Restricted(io.BytesIO(path.read_bytes())).load()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: not found; not a megatron-core checkpoint") from error
+    except Exception as error:  # a hostile or damaged pickle may raise anything
+        raise ValueError(f"{path}: refused before loading: {error}") from error
+    former = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        yield
+    finally:
+        if former is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = former

@@ -1,0 +1,143 @@
+"""Hugging Face tensors and ranks' slices of them, both ways, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_vlmr1.models.families import qwen2_5_vl
+from megatron_vlmr1.models.families.qwen2_5_vl import Piece
+from megatron_vlmr1.models.shape import VlmShape
+from megatron_vlmr1.models.vlm import VlmModel
+
+# Names that newer transformers use in memory, and the published names that they stand for.
+_ALIASES = (("model.language_model.", "model."), ("model.visual.", "visual."))
+
+
+class HfWeights:
+    """The tensors of a Hugging Face directory under their published names, read slice by slice."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open the directory's safetensors.
+
+        Raises:
+            ValueError: no safetensors (a pickle checkpoint is refused), a missing or damaged shard.
+        """
+        self.directory = directory
+        self._files: dict[str, Any] = {}
+        self._where: dict[str, tuple[Path, str]] = {}
+        for path in _shards(directory):
+            try:
+                handle = safe_open(path, framework="pt")
+                names = list(handle.keys())
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+            self._files[str(path)] = handle
+            for name in names:
+                self._where[published_name(name)] = (path, name)
+
+    def names(self) -> set[str]:
+        """Return the published names of all tensors."""
+        return set(self._where)
+
+    def check(self, shape: VlmShape) -> None:
+        """Compare with what the architecture needs.
+
+        Raises:
+            ValueError: naming a missing, unexpected or misshapen tensor.
+        """
+        expected = qwen2_5_vl.tensor_shapes(shape)
+        extra = self.names() - expected.keys() - ({"lm_head.weight"} if shape.text.tied else set())
+        missing = expected.keys() - self.names()
+        for what, names in (("lacks", missing), ("has unexpected", extra)):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise ValueError(f"{self.directory}: {what} tensor {min(names)}{more}; config.json says {shape.family}")
+        for name, size in expected.items():
+            found = tuple(self._slice(name).get_shape())
+            if found != size:
+                raise ValueError(f"{self.directory}: {name} is {list(found)}, but config.json asks for {list(size)}")
+
+    def read(self, piece: Piece, like: torch.Tensor) -> torch.Tensor:
+        """Read one piece; a nameless one is zeros shaped after `like`'s other dimensions."""
+        if piece.name is None:
+            return torch.zeros(piece.stop - piece.start, *like.shape[1:], dtype=like.dtype)
+        source = self._slice(piece.name)
+        window = slice(piece.start, piece.stop)
+        return source[:, window] if piece.dim == 1 else source[window]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one whole tensor."""
+        path, stored = self._where[name]
+        return self._files[str(path)].get_tensor(stored)
+
+    def _slice(self, name: str) -> Any:
+        path, stored = self._where[name]
+        return self._files[str(path)].get_slice(stored)
+
+
+def published_name(name: str) -> str:
+    """Return the published name of a tensor, whichever transformers wrote it."""
+    for alias, published in _ALIASES:
+        if name.startswith(alias):
+            return published + name.removeprefix(alias)
+    return name
+
+
+def _shards(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index}: not a safetensors index ({error!r})") from error
+        paths = [directory / Path(str(name)).name for name in files]
+    else:
+        paths = [directory / "model.safetensors"]
+    for path in paths:
+        if not path.is_file():
+            pickled = sorted(directory.glob("*.bin"))
+            hint = f"; {pickled[0].name} is a pickle: convert it to safetensors first" if pickled else ""
+            raise ValueError(f"{path}: not found{hint}")
+    return paths
+
+
+def parameter_pieces(model: VlmModel) -> Iterator[tuple[torch.nn.Parameter, list[list[Piece]]]]:
+    """Yield every parameter of this stage with what it is made of on each tensor-parallel rank, in a fixed order."""
+    shape, mesh = model.shape, model.mesh
+    if model.vision is not None:
+        sizes = qwen2_5_vl.vision_shapes(shape.vision)
+        for name, parameter in model.vision.named_parameters():
+            yield parameter, [[Piece("visual." + name, 0, 0, sizes[name][0])]] * mesh.tp_size
+    for name, parameter in model.language.named_parameters():
+        layer, inner = None, name
+        if name.startswith("decoder.layers."):
+            _, _, local, inner = name.split(".", 3)
+            layer = model.language.decoder.layers[int(local)].layer_number - 1
+        yield (
+            parameter,
+            [qwen2_5_vl.text_pieces(shape, inner, layer, rank, mesh.tp_size) for rank in range(mesh.tp_size)],
+        )
+
+
+@torch.no_grad()
+def load(model: VlmModel, weights: HfWeights) -> None:
+    """Fill this rank's parameters from a Hugging Face directory, casting to their type.
+
+    Raises:
+        ValueError: the directory does not hold this model.
+    """
+    weights.check(model.shape)
+    for parameter, pieces in parameter_pieces(model):
+        start = 0
+        for piece in pieces[model.mesh.tp_rank]:
+            part = weights.read(piece, parameter)
+            dim = piece.dim
+            parameter.narrow(dim, start, part.shape[dim]).copy_(part)
+            start += part.shape[dim]
+        assert start == parameter.shape[dim]

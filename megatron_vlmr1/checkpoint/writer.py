@@ -1,0 +1,156 @@
+"""Ranks' slices to a Hugging Face directory: each pipeline stage gathers and writes its own shards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from megatron_vlmr1.checkpoint.weights import HfWeights, parameter_pieces
+from megatron_vlmr1.models.families import qwen2_5_vl
+from megatron_vlmr1.models.vlm import VlmModel
+from megatron_vlmr1.runtime import distributed
+
+MAX_SHARD_BYTES = 5 * 10**9
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", _INDEX)
+
+
+@torch.no_grad()
+def save(model: VlmModel, source: Path, target: Path) -> None:
+    """Write the model as a Hugging Face directory: weights as they are in memory, other files as in `source`.
+
+    A rank whose disk fails goes on with the collectives, so that no other rank waits for it, and raises at the end.
+
+    Called by all ranks; the first copy of the model (data-parallel rank 0) writes. Layout-independent.
+
+    Args:
+        model: this rank's stage.
+        source: the Hugging Face directory that training started from: config, tokenizer and processor files.
+        target: an empty directory on a file system that all ranks share.
+
+    Raises:
+        OSError: some rank could not write; raised on every rank.
+    """
+    problem = _write_stage(model, target) if model.mesh.dp_rank == 0 else ""
+    if not distributed.any_rank(bool(problem)) and model.mesh.rank == 0:
+        try:
+            copy_side_files(source, target)
+            _state_dtype(target, model.dtype)
+            _name_shards(target)
+            HfWeights(target).check(model.shape)
+        except (OSError, ValueError) as error:
+            problem = str(error)
+    if distributed.any_rank(bool(problem)):
+        raise OSError(problem or "another rank could not write its weights")
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy everything at the top of a Hugging Face directory but its weights."""
+    for entry in sorted(source.iterdir()):
+        if entry.is_file() and not any(entry.match(pattern) for pattern in _WEIGHTS):
+            shutil.copyfile(entry, target / entry.name)
+
+
+def _state_dtype(target: Path, dtype: torch.dtype) -> None:
+    """Let config.json say the type that the weights have now."""
+    path = target / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    name = str(dtype).removeprefix("torch.")
+    if config.get(key, name) != name:
+        path.write_text(json.dumps({**config, key: name}, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_stage(model: VlmModel, target: Path) -> str:
+    """Write this stage's tensors, a new file whenever one is full; all ranks of the stage call it.
+
+    Returns:
+        What went wrong on this rank, or nothing.
+    """
+    shard: dict[str, torch.Tensor] = {}
+    size = number = 0
+    problem = ""
+
+    def flush() -> str:
+        file = target / f"stage-{model.mesh.pp_rank:05d}-{number:05d}.safetensors"
+        try:
+            save_file(shard, file, metadata={"format": "pt"})
+        except (OSError, SafetensorError) as error:
+            return f"{file}: {error}"
+        return ""
+
+    for name, tensor in _whole_tensors(model):
+        if shard and size + tensor.nbytes > MAX_SHARD_BYTES:
+            problem = problem or flush()
+            shard, size, number = {}, 0, number + 1
+        shard[name] = tensor
+        size += tensor.nbytes
+    return (problem or flush()) if shard else problem
+
+
+def _whole_tensors(model: VlmModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield this stage's tensors under their published names, on the stage's first tensor-parallel rank only.
+
+    Every Hugging Face tensor lies within one parameter, so it is whole once that parameter is gathered.
+    """
+    mesh, sizes = model.mesh, qwen2_5_vl.tensor_shapes(model.shape)
+    for parameter, pieces in parameter_pieces(model):
+        split = mesh.tp_size > 1 and pieces[0] != pieces[1]
+        parts = _gather(parameter.detach(), model) if split else [parameter.detach()]
+        whole: dict[str, torch.Tensor] = {}
+        for part, rank_pieces in zip(parts, pieces, strict=False):  # unsplit: one part stands for all ranks
+            start = 0
+            for piece in rank_pieces:
+                length = piece.stop - piece.start
+                if piece.name is not None:
+                    if piece.name not in whole:
+                        whole[piece.name] = torch.empty(sizes[piece.name], dtype=model.dtype)
+                    window = whole[piece.name].narrow(piece.dim, piece.start, length)
+                    window.copy_(part.narrow(piece.dim, start, length))
+                start += length
+        # A tied model's last stage holds a second copy of the embedding, which the first stage writes.
+        second_copy = model.shape.text.tied and not mesh.is_first_stage and "model.embed_tokens.weight" in whole
+        if mesh.tp_rank == 0 and not second_copy:
+            yield from whole.items()
+
+
+def _gather(local: torch.Tensor, model: VlmModel) -> list[torch.Tensor]:
+    """Return all ranks' parts of a parameter on the first rank of the tensor-parallel group, nothing elsewhere."""
+    mesh = model.mesh
+    parts = [torch.empty_like(local) for _ in range(mesh.tp_size)] if mesh.tp_rank == 0 else None
+    dist.gather(local.contiguous(), parts, dst=dist.get_global_rank(mesh.tp_group, 0), group=mesh.tp_group)
+    return parts or []
+
+
+def _name_shards(target: Path) -> None:
+    """Give the stages' files their published names, and write the index where there are several."""
+    files = sorted(target.glob("stage-*.safetensors"))
+    for file in files:
+        file.chmod(0o644)  # safetensors makes files that only their owner may read
+    if len(files) == 1:
+        files[0].rename(target / "model.safetensors")
+        return
+    where: dict[str, str] = {}
+    total = 0
+    for i, file in enumerate(files, start=1):
+        name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
+        with safe_open(file, framework="pt") as tensors:
+            where |= dict.fromkeys(tensors.keys(), name)
+        total += _data_bytes(file)
+        file.rename(target / name)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    (target / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _data_bytes(file: Path) -> int:
+    """Bytes of tensor data in a safetensors file: all but the header and its length (8 bytes, little-endian)."""
+    with file.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    return file.stat().st_size - 8 - header

@@ -1,0 +1,118 @@
+"""What the verbs share: logging, JSON output, overrides, finding a config."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from megatron_vlmr1.telemetry.files import json_line
+
+if TYPE_CHECKING:
+    from megatron_vlmr1.config import Config
+
+_OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=.*", re.ASCII | re.DOTALL)
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Our handler, told from those of others."""
+
+
+def configure_logging() -> None:
+    """Send this package's log to stderr, one line a record, from the level in VLMR1_LOG on (INFO by default).
+
+    Ranks other than 0 say warnings and errors only, so that a job's output is not N times the same. Other libraries
+    are heard from WARNING on. Python's warnings about megatron-core are left out: each start would repeat which
+    optional packages it does without, and each step which names of torch it still uses.
+
+    Raises:
+        ValueError: VLMR1_LOG is not a level.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    level = os.environ.get("VLMR1_LOG", "INFO").upper()
+    if level not in _LEVELS:
+        raise ValueError(f"VLMR1_LOG={level}: expected one of {', '.join(_LEVELS)}")
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    where = f" rank {rank}" if rank else ""
+    handler = _Stderr(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"%(asctime)s{where} %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    root = logging.getLogger()
+    for former in [handler for handler in root.handlers if isinstance(handler, _Stderr)]:
+        root.removeHandler(former)
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    logging.getLogger("megatron_vlmr1").setLevel(level if rank == 0 else max(logging.WARNING, getattr(logging, level)))
+
+
+def print_json(row: Mapping[str, Any]) -> None:
+    """Print `row` on stdout as one line of strict JSON."""
+    sys.stdout.write(json_line(row).decode("ascii"))
+    sys.stdout.flush()
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Let `parser` take any number of overrides, which `checked_overrides` reads from the result."""
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="such as train.steps=20")
+
+
+def checked_overrides(words: Sequence[str]) -> list[str]:
+    """Return `words` if each is an override ``a.b=c``.
+
+    Raises:
+        ValueError: one is not; names it.
+    """
+    for word in words:
+        if not _OVERRIDE.fullmatch(word):
+            raise ValueError(f"{word!r} is not an override; expected KEY=VALUE, such as train.steps=20")
+    return list(words)
+
+
+def load_config(name: str, overrides: Sequence[str]) -> Config:
+    """Read a config by name with overrides, as `find_config` finds it.
+
+    Raises:
+        ValueError: one line naming the file and the key.
+    """
+    from megatron_vlmr1 import config
+
+    return config.load(find_config(name), checked_overrides(overrides))
+
+
+def run_here(cfg: Config, nproc: int | None, words: Sequence[str], log_dir: Path) -> int:
+    """Start the verb `words` as ranks on this machine: `nproc`, or as many as one copy of the model takes.
+
+    Raises:
+        ValueError: fewer than one rank.
+    """
+    from megatron_vlmr1.launch.local import rank_command, run_ranks
+
+    if nproc is not None and nproc < 1:
+        raise ValueError(f"--nproc {nproc}: at least one rank")
+    parallel = cfg.parallel
+    count = nproc or parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    return run_ranks(count, rank_command(words), log_dir)
+
+
+def find_config(name: str) -> Path:
+    """Return the path of a config file: `name` itself, or the one of that name that came with the package.
+
+    Raises:
+        ValueError: neither is there; lists what came with the package.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = Path(str(importlib.resources.files("megatron_vlmr1"))) / "configs"
+    inside = shipped / name.removeprefix("configs/")
+    if inside.is_file() and inside.resolve().is_relative_to(shipped.resolve()):
+        return inside
+    names = ", ".join(sorted(f"configs/{path.name}" for path in shipped.glob("*.yaml")))
+    raise ValueError(f"{name}: no such config file; the package has {names or 'none'}")

@@ -1,0 +1,57 @@
+"""The stream's positions as prompts, with a ledger of what could not be delivered."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_vlmr1.data.prompts import PromptBuilder
+from megatron_vlmr1.data.stream import Stream
+from megatron_vlmr1.parallel import reduce
+from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.telemetry.files import json_line
+from megatron_vlmr1.types import Damage, Prompt, Sample
+
+
+class Feed:
+    """This data-parallel rank's prompts, step by step. A damaged position stays a position: its batch is shorter.
+
+    The ranks that hold one copy of the model read for themselves; what one of them cannot read, none of them uses.
+    """
+
+    def __init__(self, stream: Stream, builder: PromptBuilder, mesh: Mesh, ledger: Path | None) -> None:
+        """`ledger` receives one JSON line for each loss; None where another rank writes it."""
+        self._stream, self._builder, self._mesh, self._ledger = stream, builder, mesh, ledger
+        self.skipped = 0
+
+    @property
+    def consumed(self) -> int:
+        """Positions of the data order that all ranks together have used."""
+        return self._stream.consumed
+
+    def next(self, n_global: int) -> list[tuple[Prompt, Sample]]:
+        """Return this rank's part of the next `n_global` positions, with the samples they were made of."""
+        built = [(position, *self._build(position, item)) for position, item in self._stream.next(n_global)]
+        out: list[tuple[Prompt, Sample]] = []
+        lost = reduce.lost_anywhere([isinstance(prompt, Damage) for _, prompt, _ in built], self._mesh)
+        for (position, prompt, item), gone in zip(built, lost, strict=True):
+            if isinstance(prompt, Damage):
+                self._lost(position, prompt)
+            elif gone:
+                self._lost(position, Damage("", "", "another rank of this copy of the model could not read it"))
+            elif isinstance(item, Sample):
+                out.append((prompt, item))
+        return out
+
+    def _build(self, position: int, item: Sample | Damage) -> tuple[Prompt | Damage, Sample | Damage]:
+        return (item if isinstance(item, Damage) else self._builder.build(position, item)), item
+
+    def _lost(self, position: int, damage: Damage) -> None:
+        self.skipped += 1
+        shard, key = self._stream.locate(position)
+        damage = replace(damage, shard=damage.shard or shard, key=damage.key or key)
+        if self._ledger is not None:
+            self._ledger.parent.mkdir(parents=True, exist_ok=True)
+            with self._ledger.open("ab") as out:
+                row = {"position": position, "shard": damage.shard, "key": damage.key, "reason": damage.reason}
+                out.write(json_line(row))

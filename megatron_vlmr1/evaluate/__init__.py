@@ -1,0 +1,1 @@
+"""Same rollout and rewards as training, no update."""

@@ -1,0 +1,166 @@
+"""One split through the policy: greedy answers, the task's metrics, and sampled rewards."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_vlmr1.config import Config
+from megatron_vlmr1.data.index import ShardSet
+from megatron_vlmr1.data.prompts import PromptBuilder
+from megatron_vlmr1.parallel import reduce
+from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.rewards.item import RewardFailure
+from megatron_vlmr1.rewards.judges import Judges
+from megatron_vlmr1.rollout.actor import Actor
+from megatron_vlmr1.telemetry.files import json_line, write_atomic
+from megatron_vlmr1.types import Damage, Group, Prompt, Sample
+
+logger = logging.getLogger(__name__)
+
+PICTURES = 24  # images of the first samples that are kept for the report
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures over a split and, on the model leaders, one row per answer."""
+
+    figures: dict[str, float]
+    rows: list[dict[str, object]]
+    pictures: dict[str, bytes]  # file name -> compressed image
+
+
+def evaluate(actor: Actor, judges: Judges, shards: ShardSet, cfg: Config, mesh: Mesh) -> Evaluation:
+    """Answer every sample of a split; all ranks call it, data-parallel ranks share it out.
+
+    Figures are the task's aggregates over greedy answers, ``reward_mean`` over one answer a sample drawn at the
+    rollout's temperature (if `evaluate.sampled`), and counts: ``samples`` answered, of which
+    ``failed`` have an unusable truth, and ``damaged`` ones left out.
+
+    Raises:
+        ValueError: the split is empty, or nothing of it can be read.
+    """
+    task = judges.task
+    builder = actor.prompt_builder(task.render)
+    sums = dict.fromkeys(
+        (*task.aggregates, "samples", "failed", "damaged", "reward", "scored", "parsed", "parsed_iou"), 0.0
+    )
+    rows: list[dict[str, object]] = []
+    pictures: dict[str, bytes] = {}
+    total = min(len(shards), cfg.evaluate.limit or len(shards))
+    if total == 0:
+        raise ValueError(f"{shards.directory}: the split is empty; nothing to evaluate")
+    for batch, damaged in _batches(shards, builder, total, cfg.evaluate.batch_prompts, mesh):
+        sums["damaged"] += damaged
+        prompts = [prompt for prompt, _ in batch]
+        greedy = actor.sampling(cfg.rollout.max_new_tokens, greedy=True)
+        for (prompt, sample), (answer,) in zip(batch, actor.engine.generate(prompts, 1, greedy), strict=True):
+            sums["samples"] += 1
+            row = _row(prompt, sample, answer.text, judges, pictures)
+            if row is None:
+                sums["failed"] += 1
+                continue
+            rows.append(row)
+            for figure, metric in task.aggregates.items():
+                sums[figure] += float(row[metric])  # type: ignore[arg-type]
+            if row["box"] is not None:
+                sums["parsed"] += 1
+                sums["parsed_iou"] += float(row["iou"])  # type: ignore[arg-type]
+        logger.info("evaluated about %d of %d samples", min(total, int(sums["samples"]) * mesh.dp_size), total)
+        if cfg.evaluate.sampled:
+            _score_sampled(actor, judges, prompts, cfg, sums)
+        actor.policy.forget_features()  # or a whole split's embeddings would stay
+    sums = reduce.sums(sums, mesh.is_model_leader)
+    answered = sums["samples"] - sums["failed"]
+    if not answered:
+        raise ValueError(f"{shards.directory}: no sample could be answered: {sums['damaged']:.0f} are damaged")
+    figures = {name: sums[name] / answered for name in task.aggregates}
+    figures["iou_parsed"] = sums["parsed_iou"] / max(1.0, sums["parsed"])
+    if cfg.evaluate.sampled:
+        figures["reward_mean"] = sums["reward"] / max(1.0, sums["scored"])
+    figures |= {name: sums[name] for name in ("samples", "failed", "damaged")}
+    return Evaluation(figures, rows if mesh.is_model_leader else [], pictures if mesh.is_model_leader else {})
+
+
+def _batches(
+    shards: ShardSet, builder: PromptBuilder, total: int, size: int, mesh: Mesh
+) -> Iterator[tuple[list[tuple[Prompt, Sample]], int]]:
+    """Yield this data-parallel rank's samples, `size` at a time, and how many of them are damaged and left out."""
+    mine = range(mesh.dp_rank, total, mesh.dp_size)
+    for start in range(0, len(mine), size):
+        read = [(i, shards.read(i)) for i in mine[start : start + size]]
+        built = [(builder.build(i, item) if isinstance(item, Sample) else item, item) for i, item in read]
+        lost = reduce.lost_anywhere([isinstance(prompt, Damage) for prompt, _ in built], mesh)
+        for prompt, _ in built:
+            if isinstance(prompt, Damage):
+                logger.warning("left out of the evaluation: %s: %s", prompt.key, prompt.reason)
+        kept = [pair for pair, gone in zip(built, lost, strict=True) if not gone]
+        yield [(p, item) for p, item in kept if isinstance(p, Prompt) and isinstance(item, Sample)], sum(lost)
+
+
+def _row(
+    prompt: Prompt, sample: Sample, text: str, judges: Judges, pictures: dict[str, bytes]
+) -> dict[str, object] | None:
+    task = judges.task
+    with suppress(RewardFailure):
+        row: dict[str, object] = {
+            "index": prompt.position,
+            "key": prompt.key,
+            "question": prompt.question,
+            "truth": prompt.truth,
+            "text": text,
+            "box": task.parse(text, prompt),
+            **task.metrics(text, prompt),
+            "image": None,
+            "image_size": prompt.images[0].size if prompt.images else None,
+        }
+        if prompt.images and prompt.position < PICTURES:
+            data = sample.images[0]
+            name = prompt.images[0].digest.hex()[:16] + (".png" if data[:4] == b"\x89PNG" else ".jpg")
+            pictures[name] = data
+            row["image"] = f"images/{name}"
+        return row
+    return None
+
+
+def _score_sampled(actor: Actor, judges: Judges, prompts: list[Prompt], cfg: Config, sums: dict[str, float]) -> None:
+    sampling = actor.sampling(cfg.rollout.max_new_tokens, cfg.rollout.temperature, seed=cfg.seed)
+    answers = actor.engine.generate(
+        prompts, 1, sampling, lambda i, j, completion: judges.submit(i, j, prompts[i], completion)
+    )
+    groups = [Group(prompt, completions) for prompt, completions in zip(prompts, answers, strict=True)]
+    for group in judges.collect(groups):
+        value = group.scores[0].value
+        if value is not None:
+            sums["reward"] += value
+            sums["scored"] += 1
+
+
+def write(evaluation: Evaluation, name: str, run_dir: Path, mesh: Mesh) -> None:
+    """Write ``evaluations/NAME.jsonl`` (and the kept pictures) in the run directory; all ranks call it."""
+    folder = run_dir / "evaluations"
+    part = folder / f".{name}.{mesh.dp_rank}"
+    if mesh.is_model_leader:
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        for file, data in evaluation.pictures.items():
+            write_atomic(folder / "images" / file, data)
+        write_atomic(part, b"".join(json_line(row) for row in evaluation.rows))
+    dist.barrier()
+    if mesh.rank == 0:
+        parts = [folder / f".{name}.{i}" for i in range(mesh.dp_size)]
+        lines = [line for path in parts for line in path.read_bytes().splitlines(keepends=True)]
+        lines.sort(key=_index)
+        write_atomic(folder / f"{name}.jsonl", b"".join(lines))
+        for path in parts:
+            path.unlink()
+    dist.barrier()
+
+
+def _index(line: bytes) -> int:
+    return int(json.loads(line)["index"])

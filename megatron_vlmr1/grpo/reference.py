@@ -1,0 +1,36 @@
+"""The frozen reference policy: a second set of values for the same parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from megatron_vlmr1.models.policy import Policy
+
+
+class Reference:
+    """Values of this rank's parameters, kept in host memory and exchanged with the policy's for a pass."""
+
+    def __init__(self, policy: Policy) -> None:
+        """Remember the policy's present weights."""
+        self._policy = policy
+        self._values = [p.detach().to("cpu", copy=True) for p in policy.model.parameters()]
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Give the policy the reference's weights; afterwards its own again, bit for bit."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        self._policy.forget_features()
+        for parameter, value in zip(self._policy.model.parameters(), self._values, strict=True):
+            mine = parameter.detach().to("cpu", copy=True)
+            parameter.copy_(value)
+            value.copy_(mine)

@@ -1,0 +1,226 @@
+"""The policy update: groups to packed micro-batches, through the schedule, a finite check, a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_vlmr1.config import Config
+from megatron_vlmr1.data.packing import MicroBatch, PackedGroup, model_input, pack, split_by_tokens
+from megatron_vlmr1.errors import STOPPED, RunStopped
+from megatron_vlmr1.grpo.losses import clipped_surrogate, k3
+from megatron_vlmr1.grpo.reference import Reference
+from megatron_vlmr1.models.policy import Policy
+from megatron_vlmr1.parallel import optimizer as parallel_optimizer
+from megatron_vlmr1.parallel import reduce, schedule
+from megatron_vlmr1.runtime import device
+from megatron_vlmr1.telemetry.timers import PhaseTimers
+from megatron_vlmr1.types import FloatArray, Group
+
+Metrics = dict[str, float]
+Loss = Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, schedule.Result]]
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Numbers of this rank's completions; a row is a slot of `PackedGroup`, a column a token's position."""
+
+    advantages: torch.Tensor  # [n]
+    lengths: torch.Tensor  # [n]
+    rollout_logprobs: torch.Tensor  # [n, L]
+    old_logprobs: torch.Tensor | None  # [n, L]
+    reference_logprobs: torch.Tensor | None  # [n, L]
+    total: int  # completions of the step, over all data-parallel ranks
+
+
+class Updater:
+    """Turns micro-batches and a loss into optimizer steps; shared by grpo and sft."""
+
+    def __init__(self, policy: Policy, optimizer: MegatronOptimizer, cfg: Config) -> None:
+        self.policy, self.optimizer, self.cfg = policy, optimizer, cfg
+        self.bad_steps = 0  # in a row
+
+    def micro_batches(self, groups: Sequence[PackedGroup]) -> list[MicroBatch]:
+        """Pack this rank's groups; at least one micro-batch, an empty one where there is no group."""
+        mesh, train = self.policy.mesh, self.cfg.train
+        parts = split_by_tokens(groups, train.micro_batch_tokens, train.micro_batches or mesh.pp_size) or [[]]
+        multiple = mesh.tp_size if mesh.sequence_parallel else 1
+        return [pack(part, self.policy.shape.image_token_id, multiple) for part in parts]
+
+    def logprobs(self, batches: Sequence[MicroBatch], size: tuple[int, int]) -> torch.Tensor:
+        """Compute log-probs without gradients into a table [slots, positions]; filled on the last stage only."""
+        table = torch.zeros(size, device=device.device())
+
+        def collect(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, schedule.Result]:
+            values, _ = self.policy.logprobs(hidden, *label_tensors(batch))
+            table[_cells(batch)] = values
+            return values.new_zeros(()), {}
+
+        with torch.no_grad():
+            self._run(self.policy.model, batches, collect, forward_only=True)
+        return table
+
+    def step(self, batches: Sequence[MicroBatch], loss: Loss, lr: float) -> tuple[list[schedule.Result], Metrics]:
+        """One optimizer step: forward, backward, finite check, update.
+
+        Returns:
+            The last stage's results of each micro-batch, and `train/*` metrics.
+
+        Raises:
+            RunStopped: gradients were not finite three times in a row (exit code 17).
+        """
+        assert self.policy.ddp is not None
+        self.policy.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = self._run(self.policy.ddp, batches, loss)
+        if not parallel_optimizer.gradients_finite(self.policy.ddp):
+            self.bad_steps += 1
+            if self.bad_steps >= 3:
+                raise RunStopped(STOPPED, "gradients were not finite in three steps in a row")
+            return results, {"train/grad_norm": float("nan"), "train/lr": lr, "train/skipped": 1.0}
+        self.bad_steps = 0
+        parallel_optimizer.set_learning_rate(self.optimizer, lr)
+        _, grad_norm, _ = self.optimizer.step()
+        if not self.policy.freeze_vision:
+            self.policy.forget_features()
+        return results, {"train/grad_norm": float(grad_norm or 0.0), "train/lr": lr, "train/skipped": 0.0}
+
+    def _run(
+        self, model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Loss, forward_only: bool = False
+    ) -> list[schedule.Result]:
+        def forward(chunk: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+            return chunk(model_input(batch, self.policy))
+
+        return schedule.run(model, batches, forward, loss, self.policy.mesh, forward_only)
+
+
+def label_tensors(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows that predict labels and the labels [R], on the device."""
+    where = device.device()
+    return torch.from_numpy(batch.label_rows).to(where), torch.from_numpy(batch.label_ids).to(where)
+
+
+def _cells(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    where = device.device()
+    return torch.from_numpy(batch.label_slots).to(where), torch.from_numpy(batch.label_index).to(where)
+
+
+_SUMS = ("loss", "kl", "clipped", "entropy", "tokens")
+_MAXIMA = ("ratio_max", "gap")
+
+
+class GrpoUpdate:
+    """Optimizer steps on groups with advantages, as VLM-R1 publishes them: mean per sequence, then over the batch."""
+
+    def __init__(self, updater: Updater, reference: Reference | None, timers: PhaseTimers | None = None) -> None:
+        self.updater, self.reference = updater, reference
+        self.timers = timers or PhaseTimers()
+        self.cfg = updater.cfg.grpo
+
+    def __call__(self, groups: Sequence[Group], lr: float) -> Metrics:
+        """Take `grpo.num_iterations` optimizer steps. A completion without an advantage takes no part.
+
+        Returns:
+            `grpo/*`, `train/*` and `rollout/logprob_gap`, over all ranks.
+        """
+        packed, tables = self._prepare(groups)
+        batches = self.updater.micro_batches(packed)
+        tables = self._with_passes(tables, batches)
+        metrics: Metrics = {}
+        for iteration in range(self.cfg.num_iterations):
+            results, train = self.updater.step(batches, self._loss(tables), lr)
+            metrics |= train
+            metrics |= self._report(results, first=iteration == 0)
+        return metrics
+
+    def _prepare(self, groups: Sequence[Group]) -> tuple[list[PackedGroup], _Tables]:
+        packed: list[PackedGroup] = []
+        advantages: list[float] = []
+        logprobs: list[FloatArray] = []
+        for group in groups:
+            assert group.advantages is not None
+            kept = [i for i, a in enumerate(group.advantages) if np.isfinite(a)]
+            if kept:
+                slots = tuple(range(len(advantages), len(advantages) + len(kept)))
+                completions = tuple(group.completions[i].token_ids for i in kept)
+                packed.append(PackedGroup(group.prompt, completions, slots))
+                advantages += [float(group.advantages[i]) for i in kept]
+                logprobs += [group.completions[i].logprobs for i in kept]
+        where, mesh = device.device(), self.updater.policy.mesh
+        total = torch.tensor(len(advantages), device=where)
+        dist.all_reduce(total, group=mesh.dp_group)
+        table = np.zeros((len(logprobs), max(map(len, logprobs), default=0)), dtype=np.float32)
+        for row, values in zip(table, logprobs, strict=True):
+            row[: len(values)] = values
+        return packed, _Tables(
+            advantages=torch.tensor(advantages, dtype=torch.float32, device=where),
+            lengths=torch.tensor([len(v) for v in logprobs], dtype=torch.float32, device=where),
+            rollout_logprobs=torch.from_numpy(table).to(where),
+            old_logprobs=None,
+            reference_logprobs=None,
+            total=max(1, int(total)),
+        )
+
+    def _with_passes(self, tables: _Tables, batches: list[MicroBatch]) -> _Tables:
+        """Add what needs a forward pass: reference log-probs, and old ones where there are several steps."""
+        n, length = tables.rollout_logprobs.shape
+        reference = old = None
+        with self.timers("logprobs"):
+            if self.reference is not None:
+                with self.reference.swapped_in():
+                    reference = self.updater.logprobs(batches, (n, length))
+            if self.cfg.num_iterations > 1:
+                old = self.updater.logprobs(batches, (n, length))
+        return replace(tables, old_logprobs=old, reference_logprobs=reference)
+
+    def _loss(self, tables: _Tables) -> Loss:
+        cfg, policy = self.cfg, self.updater.policy
+
+        def loss(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, schedule.Result]:
+            logprobs, entropy = policy.logprobs(hidden, *label_tensors(batch))
+            cells = _cells(batch)
+            weight = 1.0 / (tables.lengths[cells[0]] * tables.total)
+            # One step per rollout: the policy that generated is the current one, and the ratio exactly one.
+            old = logprobs.detach() if tables.old_logprobs is None else tables.old_logprobs[cells]
+            per_token, ratio, clipped = clipped_surrogate(
+                logprobs, old, tables.advantages[cells[0]], cfg.epsilon_low, cfg.epsilon_high
+            )
+            kl = torch.zeros_like(logprobs)
+            if tables.reference_logprobs is not None:
+                kl = k3(logprobs, tables.reference_logprobs[cells])
+                per_token = per_token + cfg.beta * kl
+            value = (per_token * weight).sum()
+            gap = (logprobs.detach() - tables.rollout_logprobs[cells]).abs()
+            return value, {
+                "loss": value.detach(),
+                "kl": (kl.detach() * weight).sum(),
+                "clipped": clipped.sum(),
+                "entropy": entropy.sum(),
+                "tokens": torch.tensor(float(len(entropy))),
+                "ratio_max": ratio.max() if len(ratio) else torch.zeros(()),
+                "gap": gap.max() if len(gap) else torch.zeros(()),
+            }
+
+        return loss
+
+    def _report(self, results: list[schedule.Result], first: bool) -> Metrics:
+        sums = {k: sum(float(r[k]) for r in results) for k in _SUMS}
+        tops = {k: max((float(r[k]) for r in results), default=0.0) for k in _MAXIMA}
+        mesh = self.updater.policy.mesh
+        speaks = mesh.is_last_stage and mesh.tp_rank == 0
+        m = reduce.sums(sums, speaks) | reduce.maxima(tops, speaks)
+        tokens = max(1.0, m["tokens"])
+        out = {
+            "train/loss": m["loss"],
+            "grpo/kl": m["kl"],
+            "grpo/clip_frac": m["clipped"] / tokens,
+            "grpo/entropy": m["entropy"] / tokens,
+            "grpo/ratio_max": m["ratio_max"],
+            "train/tokens": m["tokens"],
+        }
+        return out | ({"rollout/logprob_gap": m["gap"]} if first else {})

@@ -1,0 +1,149 @@
+"""Attention over packed sequences: one module, whoever calls it.
+
+Tokens of many sequences lie one after another in one row. A `Segment` says which queries see which keys, so a group
+is packed as its prompt once and then its completions, each of which sees the prompt's keys and its own. The plan of a
+micro-batch is made once and used by every layer. Generation passes a key/value cache in place of the plan.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_vlmr1.runtime import device
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Queries `start`..`stop`, which see the keys of `prefix` (if any) and their own; causal at the bottom right."""
+
+    start: int
+    stop: int
+    prefix: tuple[int, int] | None = None
+
+
+class Attend(Protocol):
+    """What core attention calls: softmax(q k^T / sqrt(D)) v over whatever keys the caller keeps."""
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Map q [T, H, D], k and v [T, Hkv, D] to [T, H, D]. `layer` counts from 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Segments of like lengths, padded to one shape: B segments, Lq queries and Lk keys each."""
+
+    q_index: torch.Tensor  # [B * Lq]
+    k_index: torch.Tensor  # [B * Lk]
+    mask: torch.Tensor | None  # [B, 1, Lq, Lk], True where a query sees a key
+    valid: torch.Tensor | None  # [n], positions within [B * Lq] that are real queries; None: all
+    batch: int
+
+
+class AttentionPlan:
+    """Which keys each query of a packed row sees, as a few padded batches."""
+
+    def __init__(self, segments: Sequence[Segment], causal: bool = True) -> None:
+        buckets: dict[tuple[int, int], list[Segment]] = defaultdict(list)
+        for s in segments:
+            if s.stop > s.start:
+                keys = s.stop - s.start + (s.prefix[1] - s.prefix[0] if s.prefix else 0)
+                buckets[_rung(s.stop - s.start), _rung(keys)].append(s)
+        self._buckets = [_bucket(members, causal) for members in buckets.values()]
+        order = [b.q_index if b.valid is None else b.q_index[b.valid] for b in self._buckets]
+        self._inverse = torch.argsort(torch.cat(order)) if order else None
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See `Attend`; every token must lie in exactly one segment."""
+        if self._inverse is None:
+            return q
+        outputs = []
+        for b in self._buckets:
+            out = _grouped_attention(
+                q.index_select(0, b.q_index).unflatten(0, (b.batch, -1)),
+                k.index_select(0, b.k_index).unflatten(0, (b.batch, -1)),
+                v.index_select(0, b.k_index).unflatten(0, (b.batch, -1)),
+                b.mask,
+            ).flatten(0, 1)
+            outputs.append(out if b.valid is None else out.index_select(0, b.valid))
+        return torch.cat(outputs).index_select(0, self._inverse)
+
+
+def _rung(n: int) -> int:
+    """Round up to the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: padding costs at most a half."""
+    power = 1 << (n - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
+
+
+def _bucket(members: list[Segment], causal: bool) -> _Bucket:
+    nq = np.array([s.stop - s.start for s in members])
+    prefix = np.array([s.prefix or (0, 0) for s in members])
+    np_ = prefix[:, 1] - prefix[:, 0]
+    lq, lk = int(nq.max()), int((nq + np_).max())
+    row_q, row_k = np.arange(lq)[None], np.arange(lk)[None]
+    start = np.array([s.start for s in members])[:, None]
+    q_index = np.where(row_q < nq[:, None], start + row_q, start)
+    own = row_k - np_[:, None]  # index among the segment's own keys
+    k_index = np.where(own < 0, prefix[:, :1] + row_k, start + np.minimum(own, nq[:, None] - 1))
+    seen = np.broadcast_to(own[:, None, :] < nq[:, None, None], (len(members), lq, lk))
+    if causal:
+        seen = seen & (own[:, None, :] <= row_q[:, :, None])
+    real = row_q < nq[:, None]
+    seen = seen | ~real[:, :, None]  # a padded query sees everything: no empty softmax
+    where = device.device()
+    uniform = bool(real.all())
+    return _Bucket(
+        q_index=torch.from_numpy(q_index.reshape(-1)).to(where),
+        k_index=torch.from_numpy(k_index.reshape(-1)).to(where),
+        mask=None if seen.all() else torch.from_numpy(seen[:, None].copy()).to(where),
+        valid=None if uniform else torch.from_numpy(np.flatnonzero(real)).to(where),
+        batch=len(members),
+    )
+
+
+def _grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Attention of q [B, Lq, H, D] over k, v [B, Lk, Hkv, D] -> [B, Lq, H, D]."""
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=q.shape[2] != k.shape[2]
+    )
+    return out.transpose(1, 2)
+
+
+@dataclass
+class PackedAttention(PackedSeqParams):
+    """What megatron-core hands through to core attention. Not 'thd', so that it leaves RoPE and shapes alone."""
+
+    qkv_format: str = "sbhd"
+    attend: Attend | None = None
+
+
+class CoreAttention(torch.nn.Module):
+    """megatron-core's slot for the attention proper; the packed parameters bring the keys and the mask."""
+
+    def __init__(self, config: Any, layer_number: int, **_: Any) -> None:
+        super().__init__()
+        self.layer_number = layer_number
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        /,
+        *,
+        packed_seq_params: PackedAttention,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Map query [T, 1, H, D], key and value [T, 1, Hkv, D] to [T, 1, H * D]."""
+        assert packed_seq_params.attend is not None
+        out = packed_seq_params.attend.attend(self.layer_number, query[:, 0], key[:, 0], value[:, 0])
+        return out.reshape(out.shape[0], 1, -1)

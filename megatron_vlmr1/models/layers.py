@@ -1,0 +1,86 @@
+"""megatron-core's configuration and layer specification for our models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vlmr1.models.attention import CoreAttention
+from megatron_vlmr1.models.shape import TextShape
+from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.runtime import device
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm, computed in fp32; its weight is marked for sequence parallelism.
+
+    megatron-core's local specification refuses sequence parallelism with torch's own norm.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device.device()))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise the last dimension of x."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return weight * x / sqrt(mean(x^2) + eps), the normalisation in fp32, as the published models compute it."""
+    return weight * F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
+
+
+def transformer_config(text: TextShape, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
+    """Return megatron-core's configuration of the language model on this mesh."""
+    return TransformerConfig(
+        num_layers=text.num_layers,
+        hidden_size=text.hidden_size,
+        num_attention_heads=text.num_heads,
+        num_query_groups=text.num_kv_heads,
+        kv_channels=text.head_dim,
+        ffn_hidden_size=text.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=text.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        mrope_section=list(text.mrope_section),
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=mesh.tp_size,
+        pipeline_model_parallel_size=mesh.pp_size,
+        sequence_parallel=mesh.sequence_parallel,
+        use_cpu_initialization=not device.has_cuda(),
+        perform_initialization=False,  # weights always come from a checkpoint
+        calculate_per_token_loss=True,  # losses arrive normalised: the schedule must not scale them
+        variable_seq_lengths=True,  # packed micro-batches differ in length
+        moe_token_dispatcher_type="alltoall",  # megatron-core asks for it with variable_seq_lengths
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        deallocate_pipeline_outputs=False,
+    )
+
+
+def block_spec(layers_on_stage: int) -> TransformerBlockSubmodules:
+    """Return the specification of this stage's transformer block."""
+    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = CoreAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers_on_stage, layer_norm=RMSNorm)

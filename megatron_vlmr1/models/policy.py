@@ -1,0 +1,69 @@
+"""The policy: one copy of the weights for generation and training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_vlmr1.models.families.qwen2_5_vl import padded_vocab
+from megatron_vlmr1.models.logprobs import Vocabulary, token_logprobs
+from megatron_vlmr1.models.shape import VlmShape
+from megatron_vlmr1.models.vlm import VlmModel, encode_images, gather_hidden
+from megatron_vlmr1.parallel import optimizer as parallel_optimizer
+from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.runtime import device
+from megatron_vlmr1.types import ImagePatches
+
+
+class Policy:
+    """A model on its mesh, what it may not say, and the image embeddings of the current step."""
+
+    def __init__(
+        self, shape: VlmShape, mesh: Mesh, dtype: torch.dtype, banned: Sequence[int], freeze_vision: bool = False
+    ) -> None:
+        """`banned` are token ids that can never be produced: vision and padding tokens."""
+        shape.check_layout(mesh.tp_size, mesh.pp_size)
+        self.shape, self.mesh, self.freeze_vision = shape, mesh, freeze_vision
+        self.model = VlmModel(shape, mesh, dtype)
+        if freeze_vision and self.model.vision is not None:
+            self.model.vision.requires_grad_(False)
+        rows = padded_vocab(shape, mesh.tp_size) // mesh.tp_size
+        self.vocabulary = Vocabulary(rows, shape.text.vocab_size, banned, mesh.tp_group, device.device())
+        self.ddp: DistributedDataParallel | None = None
+        self._features: dict[bytes, torch.Tensor] = {}
+
+    def wrap_for_training(self) -> DistributedDataParallel:
+        """Give the parameters gradient buffers. Call after the weights are loaded."""
+        self.ddp = parallel_optimizer.wrap(self.model, self.mesh)
+        return self.ddp
+
+    def features(self, images: Sequence[ImagePatches]) -> tuple[torch.Tensor, ...] | None:
+        """Return embeddings that may be reused until `forget_features`; None where the tower must run with gradients.
+
+        Without gradients, and for a frozen tower always, each unique image goes through the tower once.
+        """
+        if not self.mesh.is_first_stage or (torch.is_grad_enabled() and not self.freeze_vision):
+            return None
+        new = {image.digest: image for image in images if image.digest not in self._features}
+        if new:
+            with torch.no_grad():
+                rows = encode_images(self.model, tuple(new.values()))
+            self._features.update(zip(new, rows, strict=True))
+        return tuple(self._features[image.digest] for image in images)
+
+    def forget_features(self) -> None:
+        """Drop image embeddings; required whenever the tower's weights change, and after each step."""
+        self._features.clear()
+
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Return this rank's fp32 logits [n, vocabulary / tp] of some rows of the last stage's hidden states."""
+        return self.vocabulary.logits(gather_hidden(self.model, hidden)[rows], self.model.output_weight())
+
+    def logprobs(
+        self, hidden: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log-probs [n] of `labels` predicted at `rows`, and entropies [n]; last stage only."""
+        picked = gather_hidden(self.model, hidden).index_select(0, rows)
+        return token_logprobs(picked, self.model.output_weight(), labels, self.vocabulary)

@@ -1,0 +1,89 @@
+"""The numbers that define a model, whatever family it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """Decoder-only language model: RMSNorm, SwiGLU, grouped-query attention with QKV bias, M-RoPE."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    tied: bool  # the output layer shares the embedding's weight
+    norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    max_positions: int
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """Vision tower with windowed and full attention blocks, and its merger."""
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    intermediate_size: int
+    out_hidden_size: int
+    patch_size: int
+    temporal_patch_size: int
+    in_channels: int
+    spatial_merge_size: int
+    window_size: int  # pixels
+    full_attention_blocks: tuple[int, ...]
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one flattened patch."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches that become one token."""
+        return self.spatial_merge_size**2
+
+
+@dataclass(frozen=True)
+class VlmShape:
+    """A vision-language model."""
+
+    family: str
+    text: TextShape
+    vision: VisionShape
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+
+    def check_layout(self, tp: int, pp: int) -> None:
+        """Refuse a layout that this model cannot be cut into.
+
+        Raises:
+            ValueError: naming the number that does not divide.
+        """
+        text = self.text
+        for what, size in (("attention heads", text.num_heads), ("ffn_hidden_size", text.ffn_hidden_size)):
+            if size % tp:
+                raise ValueError(
+                    f"parallel.tensor_model_parallel_size={tp} does not divide the model's {size} {what}; "
+                    f"legal here: {[n for n in range(1, text.num_heads + 1) if self._divides(n)]}"
+                )
+        if text.num_kv_heads % tp and tp % text.num_kv_heads:
+            raise ValueError(
+                f"parallel.tensor_model_parallel_size={tp} and the model's {text.num_kv_heads} key/value heads: "
+                "one must divide the other"
+            )
+        if text.num_layers % pp:
+            raise ValueError(
+                f"parallel.pipeline_model_parallel_size={pp} does not divide the model's {text.num_layers} layers"
+            )
+
+    def _divides(self, tp: int) -> bool:
+        kv = self.text.num_kv_heads
+        return not (self.text.num_heads % tp or self.text.ffn_hidden_size % tp or (kv % tp and tp % kv))

@@ -1,0 +1,1 @@
+"""Process groups, optimizer and schedule."""

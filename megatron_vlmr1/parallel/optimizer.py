@@ -1,0 +1,108 @@
+"""megatron-core's data-parallel wrapper and distributed optimizer, set up for our models."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import finalize_model_grads as megatron_finalize
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_vlmr1.config import OptimizerConfig
+from megatron_vlmr1.parallel.mesh import Mesh
+
+
+def wrap(model: MegatronModule, mesh: Mesh) -> DistributedDataParallel:
+    """Put gradients into flat fp32 buffers that are summed over data-parallel ranks."""
+    ddp = DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        model,
+        pg_collection=mesh.groups,
+    )
+    model.config.finalize_model_grads_func = _finalize_gradients
+    return ddp
+
+
+def build(cfg: OptimizerConfig, ddp: DistributedDataParallel) -> MegatronOptimizer:
+    """Create Adam with fp32 masters, its state shared out over the data-parallel ranks.
+
+    Matrices decay; biases and norms don't.
+    """
+    dtype = ddp.config.params_dtype
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=cfg.lr,
+            min_lr=0.0,
+            weight_decay=cfg.weight_decay,
+            adam_beta1=cfg.beta1,
+            adam_beta2=cfg.beta2,
+            adam_eps=cfg.eps,
+            clip_grad=cfg.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+        ),
+        [ddp],
+    )
+    for group in optimizer.param_groups:
+        # megatron-core marks biases and norms with 0, and leaves it to its own scheduler to heed the mark.
+        group["weight_decay"] = cfg.weight_decay * group["wd_mult"]
+    return optimizer
+
+
+def _finalize_gradients(
+    model: list[DistributedDataParallel],
+    num_tokens: torch.Tensor | None = None,
+    pg_collection: ProcessGroupCollection | None = None,
+    force_all_reduce: bool = False,
+) -> None:
+    """Sum gradients over whatever ranks saw a part. Losses arrive normalised, so `num_tokens` is not used."""
+    del num_tokens
+    megatron_finalize(model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+    assert pg_collection is not None
+    if pg_collection.tp.size() == 1:
+        return
+    shared = [
+        p.main_grad
+        for chunk in model
+        for p in chunk.module.parameters()
+        if p.requires_grad and getattr(p, "sum_gradients_across_tp", False)
+    ]
+    if shared:
+        flat = torch.cat([g.reshape(-1) for g in shared])
+        dist.all_reduce(flat, group=pg_collection.tp)
+        for gradient, part in zip(shared, flat.split([g.numel() for g in shared]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def gradients_finite(ddp: DistributedDataParallel) -> bool:
+    """Whether every gradient on every rank of the world is finite; all ranks get the same answer."""
+    bad = torch.zeros(1, device=ddp.buffers[0].grad_data.device if ddp.buffers else None)
+    for buffer in ddp.buffers:
+        bad += (~torch.isfinite(buffer.grad_data.sum())).float()
+    dist.all_reduce(bad, dist.ReduceOp.MAX)
+    return not bool(bad)
+
+
+def learning_rate(cfg: OptimizerConfig, step: int, steps: int) -> float:
+    """Return the learning rate of optimizer step `step` (from 0) of `steps`: linear warm-up, then the decay."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / (cfg.warmup_steps + 1)
+    if cfg.decay == "constant":
+        return cfg.lr
+    left = 1.0 - min(1.0, (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps))
+    shape = left if cfg.decay == "linear" else 0.5 * (1.0 - math.cos(math.pi * left))
+    return cfg.lr * (cfg.min_lr_ratio + (1.0 - cfg.min_lr_ratio) * shape)
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
+    """Use `lr` from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,136 @@
+"""Memory of a rank and work of a step, counted from the config and the model's shape. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_vlmr1.config import Config
+from megatron_vlmr1.models.families import qwen2_5_vl
+from megatron_vlmr1.models.families.qwen2_5_vl import Piece
+from megatron_vlmr1.models.shape import VlmShape
+from megatron_vlmr1.telemetry.flops import causal_pairs, language_flops
+
+_LAYER = (
+    "input_layernorm.weight",
+    "self_attention.linear_qkv.weight",
+    "self_attention.linear_qkv.bias",
+    "self_attention.linear_proj.weight",
+    "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Bytes on one rank of a pipeline stage, and the largest step that the config allows."""
+
+    stage: int
+    parameters: int
+    weights_bytes: int
+    gradients_bytes: int  # fp32
+    optimizer_bytes: int  # this rank's share of the fp32 moments, and of the fp32 masters in bf16
+    reference_bytes: int  # in host memory
+    kv_cache_bytes: int  # when rollout.max_cache_tokens are in use
+    step_tokens: int  # language tokens of the update, all ranks, at most
+    step_flops: float  # language model, rollout and update, all ranks, at most
+
+
+def plan(cfg: Config, shape: VlmShape, world: int) -> list[StepPlan]:
+    """Count one rank of each pipeline stage.
+
+    Raises:
+        ValueError: the ranks or the layout do not fit.
+    """
+    tp, pp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
+    shape.check_layout(tp, pp)
+    if world < 1 or world % (tp * pp):
+        raise ValueError(f"{world} ranks are not a multiple of tensor x pipeline = {tp * pp}")
+    dp, item = world // (tp * pp), 2 if cfg.precision == "bf16" else 4
+    text, train = shape.text, cfg.train
+    grpo = cfg.method == "grpo"
+    generations = cfg.rollout.num_generations if grpo else 1
+    prompt, new = cfg.data.max_prompt_tokens, cfg.rollout.max_new_tokens
+    tokens = train.prompts_per_step * (prompt + generations * new)
+    pairs = train.prompts_per_step * (causal_pairs(prompt) + generations * causal_pairs(new, prompt))
+    forward = language_flops(text, tokens, pairs, train.prompts_per_step * generations * new)
+    passes = 3 + grpo * (1 + (cfg.grpo.beta > 0) + (cfg.grpo.num_iterations > 1)) + 3 * (cfg.grpo.num_iterations - 1)
+    out = []
+    for stage in range(pp):
+        parameters = _parameters(shape, tp, pp, stage)
+        fixed = _vision_parameters(shape) if cfg.model.freeze_vision and stage == 0 else 0
+        kv_heads = max(1, text.num_kv_heads // tp)
+        out.append(
+            StepPlan(
+                stage=stage,
+                parameters=parameters,
+                weights_bytes=parameters * item,
+                gradients_bytes=(parameters - fixed) * 4,
+                optimizer_bytes=-(-(parameters - fixed) * (8 + 4 * (item == 2)) // dp),
+                reference_bytes=parameters * item if grpo and cfg.grpo.beta > 0 else 0,
+                kv_cache_bytes=cfg.rollout.max_cache_tokens
+                * text.num_layers
+                // pp
+                * 2
+                * kv_heads
+                * text.head_dim
+                * item,
+                step_tokens=tokens,
+                step_flops=float(passes * forward),
+            )
+        )
+    return out
+
+
+def lines(cfg: Config, shape: VlmShape, world: int) -> Iterator[str]:
+    """Yield the plan as text, a line for each pipeline stage.
+
+    Raises:
+        ValueError: as `plan`.
+    """
+    tp, pp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
+    stages = plan(cfg, shape, world)
+    first = stages[0]
+    yield f"{world} ranks: tensor {tp} x pipeline {pp} x data {world // (tp * pp)}"
+    yield f"a step: at most {first.step_tokens:,} language tokens in the update, {first.step_flops / 1e12:,.3g} TFLOP"
+    for s in stages:
+        yield (
+            f"a rank of stage {s.stage}: {s.parameters:,} parameters; weights {_mb(s.weights_bytes)}, gradients "
+            f"{_mb(s.gradients_bytes)}, optimizer {_mb(s.optimizer_bytes)}, key/value cache up to "
+            f"{_mb(s.kv_cache_bytes)}; reference {_mb(s.reference_bytes)} of host memory "
+            "(activations and buffers not counted)"
+        )
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _parameters(shape: VlmShape, tp: int, pp: int, stage: int) -> int:
+    """Parameters of one rank, from the same pieces that the checkpoint reader uses."""
+    sizes = qwen2_5_vl.tensor_shapes(shape)
+    names: list[tuple[str, int | None]] = []
+    per_stage = shape.text.num_layers // pp
+    if stage == 0:
+        names.append(("embedding.word_embeddings.weight", None))
+    names += [(name, i) for i in range(stage * per_stage, (stage + 1) * per_stage) for name in _LAYER]
+    if stage == pp - 1:
+        names.append(("decoder.final_layernorm.weight", None))
+        if not shape.text.tied or pp > 1:
+            names.append(("output_layer.weight", None))
+
+    def count(piece: Piece) -> int:
+        rows = piece.stop - piece.start
+        if piece.name is None:
+            return rows * shape.text.hidden_size  # padding of the vocabulary
+        size = sizes[piece.name]
+        return rows * math.prod(size) // size[piece.dim]
+
+    text = sum(count(piece) for name, i in names for piece in qwen2_5_vl.text_pieces(shape, name, i, 0, tp))
+    return text + (_vision_parameters(shape) if stage == 0 else 0)
+
+
+def _vision_parameters(shape: VlmShape) -> int:
+    return sum(math.prod(size) for size in qwen2_5_vl.vision_shapes(shape.vision).values())

@@ -1,0 +1,163 @@
+"""Facts and figures of a run, as rows of text."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vlmr1.report.curves import Series, series_of
+from megatron_vlmr1.report.run import EVALUATIONS, Answer, Run, number
+from megatron_vlmr1.telemetry.console import duration
+
+_SPLITS = (("Held-out", "before", "after"), ("Out of domain", "ood_before", "ood_after"))
+# label, key in summary.json, how it was answered, shown as percent
+_MEASURES = (
+    ("Acc@0.5", "acc50", "greedy", True),
+    ("Mean IoU", "iou_mean", "greedy", False),
+    ("Format rate", "format_rate", "greedy", True),
+    ("Mean reward", "reward_mean", "sampled at T = 1", False),
+)
+_LIST_ITEMS = 6
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure before and after, as text."""
+
+    before: str
+    after: str
+    delta: str
+    direction: str  # up, down or same
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One row of the before/after table: a change (or None) for each split."""
+
+    label: str
+    note: str
+    changes: tuple[Change | None, ...]
+
+
+def comparison(run: Run) -> tuple[list[str], list[Measure], list[str]]:
+    """Return the splits that were measured, the table's rows, and notes on the spread; empty without evaluations."""
+    splits = [s for s in _SPLITS if isinstance(run.summary.get(s[1]), dict) or isinstance(run.summary.get(s[2]), dict)]
+    measures = []
+    for label, key, note, percent in _MEASURES:
+        changes = tuple(_change(_figure(run, b, key), _figure(run, a, key), percent) for _, b, a in splits)
+        if any(changes):
+            measures.append(Measure(label, note, changes))
+    notes = [note for name, b, a in splits if (note := _paired_note(name, run.evaluations, b, a))]
+    return [name for name, _, _ in splits], measures, notes
+
+
+def accuracy_series(run: Run) -> dict[str, Series]:
+    """Return Acc@0.5 by split: from the metrics, with summary.json's figures at both ends of the run."""
+    names = sorted({name for _, values in run.metrics for name in values})
+    points: dict[str, dict[int, float]] = {}
+    for name in names:
+        if name.startswith("evaluate/") and name.endswith("/acc50"):
+            steps, values = series_of(run.metrics, name)
+            points[name.removeprefix("evaluate/").removesuffix("/acc50")] = dict(zip(steps, values, strict=True))
+    done = run.metrics[-1][0] + 1 if run.metrics else 1
+    for split, before, after in (("heldout", "before", "after"), ("ood", "ood_before", "ood_after")):
+        measured = points.setdefault(split, {})
+        # A split measured in training at the very end keeps that figure: the two may differ in samples.
+        for step, side, missing in ((0, before, 0 not in measured), (done, after, done - 1 not in measured)):
+            figure = _figure(run, side, "acc50")
+            if figure is not None and missing:
+                measured.setdefault(step, figure)
+    ordered = {split: sorted(values.items()) for split, values in sorted(points.items()) if values}
+    return {split: ([s for s, _ in pairs], [v for _, v in pairs]) for split, pairs in ordered.items()}
+
+
+def headline(run: Run) -> list[str]:
+    """Return the few facts that stand under the title."""
+    method = str(run.setting("method") or "").upper()
+    generations = run.setting("rollout.num_generations") if method == "GRPO" else None
+    batch = run.setting("train.prompts_per_step")
+    batch_text = f"{batch} prompts × {generations}" if generations else f"{batch} samples"
+    steps = run.metrics[-1][0] + 1 if run.metrics else 0
+    finished = max((values.get("unix_s", 0.0) for _, values in run.metrics), default=0.0)
+    facts = [
+        method,
+        f"{steps:,} step{'s' * (steps != 1)}",
+        f"{batch_text} a step" if batch else "",
+        _layout(run),
+        str(run.setting("precision") or ""),
+        f"seed {run.setting('seed')}" if run.setting("seed") is not None else "",
+        f"{datetime.datetime.fromtimestamp(finished, datetime.UTC):%Y-%m-%d %H:%M} UTC" if 0 < finished < 1e11 else "",
+    ]
+    return [fact for fact in facts if fact]
+
+
+def setup(run: Run) -> list[tuple[str, str]]:
+    """Return name and value of what summary.json says besides figures and seconds, and the main settings."""
+    settings = ("model.path", "data.train", "task", "optimizer.lr", "grpo.beta", "train.micro_batch_tokens", "device")
+    rows = [(name, describe(run.setting(name))) for name in settings if run.setting(name) is not None]
+    taken = {*EVALUATIONS, "seconds"}
+    return rows + [(str(key), describe(value)) for key, value in run.summary.items() if key not in taken]
+
+
+def seconds(run: Run) -> list[tuple[str, str, float]]:
+    """Return phase, duration and share of the longest phase."""
+    table = run.summary.get("seconds")
+    if not isinstance(table, dict):
+        return []
+    rows = [(str(name), value) for name, raw in table.items() if (value := number(raw)) is not None and value >= 0]
+    longest = max((value for _, value in rows), default=0.0) or 1.0
+    return [(name, f"{value:.1f}s" if value < 60 else duration(value), value / longest) for name, value in rows]
+
+
+def describe(value: Any) -> str:
+    """Return a JSON value as one short line."""
+    if isinstance(value, dict):
+        return " · ".join(f"{key} {describe(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        text = ", ".join(describe(item) for item in value[:_LIST_ITEMS])
+        return text + (f", … ({len(value)} in all)" if len(value) > _LIST_ITEMS else "")
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)
+
+
+def _layout(run: Run) -> str:
+    parallel = run.summary.get("parallel")
+    table: Mapping[str, Any] = parallel if isinstance(parallel, dict) else {}
+    names = (("TP", "tensor_model_parallel_size"), ("PP", "pipeline_model_parallel_size"), ("DP", "data_parallel_size"))
+    sizes = [(short_, table.get(name, run.setting(f"parallel.{name}"))) for short_, name in names]
+    return " ".join(f"{name} {size}" for name, size in sizes if size is not None)
+
+
+def _figure(run: Run, side: str, key: str) -> float | None:
+    table = run.summary.get(side)
+    return number(table.get(key)) if isinstance(table, dict) else None
+
+
+def _change(before: float | None, after: float | None, percent: bool) -> Change | None:
+    if before is None and after is None:
+        return None
+    scale, digits, unit = (100, 1, " %") if percent else (1, 3, "")
+    was, became = ("–" if side is None else f"{scale * side:.{digits}f}{unit}" for side in (before, after))
+    if before is None or after is None:
+        return Change(was, became, "", "same")
+    delta = round(scale * (after - before), digits)
+    sign = "+" if delta > 0 else "−" if delta < 0 else "±"
+    direction = "up" if delta > 0 else "down" if delta < 0 else "same"
+    return Change(was, became, f"{sign}{abs(delta):.{digits}f}", direction)
+
+
+def _paired_note(name: str, evaluations: Mapping[str, Sequence[Answer]], before: str, after: str) -> str:
+    """Mean change of Acc@0.5 over the samples that both evaluations hold, with its standard error."""
+    first = {row.key: row.acc50 for row in evaluations.get(before, ())}
+    pairs = [(first.get(row.key), row.acc50) for row in evaluations.get(after, ())]
+    changes = [b - a for a, b in pairs if a is not None and b is not None]
+    if len(changes) < 2:
+        return ""
+    mean = sum(changes) / len(changes)
+    error = math.sqrt(sum((change - mean) ** 2 for change in changes) / (len(changes) - 1) / len(changes))
+    sign = "−" if mean < 0 else "+"
+    return f"{name.lower()} {sign}{abs(100 * mean):.1f} ± {100 * error:.1f} points (n = {len(changes)})"

@@ -1,0 +1,1 @@
+"""Rule-based rewards and the processes that compute them."""

@@ -1,0 +1,79 @@
+"""The policy with the tokenizer, processor and templates that it came with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_vlmr1.checkpoint import weights
+from megatron_vlmr1.config import Config
+from megatron_vlmr1.data.images import ImageProcessor
+from megatron_vlmr1.data.prompts import PromptBuilder
+from megatron_vlmr1.data.tokens import VisionTokens, banned_token_ids, load_tokenizer, stop_token_ids
+from megatron_vlmr1.models.families import read_shape
+from megatron_vlmr1.models.policy import Policy
+from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.rollout.engine import Engine
+from megatron_vlmr1.rollout.sampling import Sampling
+from megatron_vlmr1.runtime import device
+from megatron_vlmr1.types import IntArray
+
+
+class Actor:
+    """Everything that turns samples into completions.
+
+    Attributes:
+        directory: the Hugging Face directory that tokenizer and config come from.
+        policy: the model on this mesh, its weights loaded.
+        engine: generates with it.
+        stop_ids: token ids that end a completion; the first is the tokenizer's own end of text.
+    """
+
+    def __init__(self, directory: Path, cfg: Config, mesh: Mesh) -> None:
+        """Build the model of `directory` and load its weights.
+
+        Raises:
+            ValueError: the directory does not hold a model that this program and layout can take.
+        """
+        self.directory = directory
+        shape = read_shape(directory)
+        shape.check_layout(mesh.tp_size, mesh.pp_size)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(directory)
+        self.stop_ids = stop_token_ids(directory, self.tokenizer)
+        banned = banned_token_ids(directory, self.tokenizer).tolist()
+        self._processor = ImageProcessor.from_pretrained(directory, cfg.data.min_pixels, cfg.data.max_pixels)
+        self._vision_tokens = VisionTokens.from_pretrained(directory)
+        self._data = cfg.data
+        self.policy = Policy(shape, mesh, device.DTYPES[cfg.precision], banned, cfg.model.freeze_vision)
+        self.load_weights(directory)
+        self.engine = Engine(self.policy, self.text, cfg.rollout.max_cache_tokens)
+
+    def load_weights(self, directory: Path) -> None:
+        """Fill the model from another directory of the same architecture.
+
+        Raises:
+            ValueError: it does not hold this model.
+        """
+        weights.load(self.policy.model, weights.HfWeights(directory))
+        self.policy.forget_features()
+
+    def prompt_builder(self, template: Callable[[str], str]) -> PromptBuilder:
+        """Return a builder of prompts in which `template` surrounds the question."""
+        return PromptBuilder(
+            self.tokenizer,
+            self._processor,
+            template,
+            self._data.system_prompt,
+            self._data.max_prompt_tokens,
+            self._vision_tokens,
+        )
+
+    def sampling(self, max_new_tokens: int, temperature: float = 1.0, greedy: bool = False, seed: int = 0) -> Sampling:
+        """Return sampling that stops where this checkpoint says."""
+        return Sampling(max_new_tokens, frozenset(self.stop_ids), temperature, greedy, seed)
+
+    def text(self, token_ids: IntArray | Sequence[int]) -> str:
+        """Decode a completion; special tokens are left out."""
+        return str(self.tokenizer.decode(list(map(int, token_ids)), skip_special_tokens=True))

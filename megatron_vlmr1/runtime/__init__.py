@@ -1,0 +1,1 @@
+"""Devices, process groups' start and end, signals, seeds."""

@@ -1,0 +1,161 @@
+"""Where tensors live; and megatron-core on a machine without CUDA.
+
+megatron-core names "cuda" in many places. On a machine without CUDA `prepare_megatron` redirects those places to the
+CPU, once per process and before megatron-core is first used; with CUDA it changes nothing. Each redirection below
+says which use in megatron-core 0.16 needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.utils._device
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of `config.precision`
+
+_CPU = torch.device("cpu")
+_prepared = False
+
+
+def has_cuda() -> bool:
+    """Whether this process computes on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Return the device of this process: its current GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
+
+
+def prepare_megatron() -> None:
+    """Make megatron-core usable on this machine. Idempotent; does nothing where there is CUDA."""
+    global _prepared
+    if _prepared or has_cuda():
+        return
+    _prepared = True
+    _redirect_device_names()
+    _redirect_streams()
+    _redirect_type_names()
+    _redirect_rng()
+    _redirect_collectives()
+
+
+def _names_cuda(where: Any) -> bool:
+    return (isinstance(where, str) and where.startswith("cuda")) or (
+        isinstance(where, torch.device) and where.type == "cuda"
+    )
+
+
+def _redirect_device_names() -> None:
+    """`torch.cuda.current_device()` as a device, `device="cuda"` in factories, `.cuda()` and `.to("cuda")`."""
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.empty_cache = lambda: None
+    torch.cuda.reset_peak_memory_stats = lambda *_: None  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    # `with torch.device("meta")` knows the factories by identity: let it remember the originals.
+    torch.utils._device._device_constructors()  # type: ignore[no-untyped-call]
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.to = _on_cpu(torch.Tensor.to)  # type: ignore[method-assign]
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if any(_names_cuda(a) for a in args if isinstance(a, str | torch.device)):
+            args = tuple(_CPU if _names_cuda(a) else a for a in args)
+        return function(*args, **kwargs)
+
+    return call
+
+
+class _NoStream:
+    """A stream on a device that has none: everything is already in order."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def wait_stream(self, *_: Any) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self, *_: Any) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, *_: Any) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, *_: Any) -> None:
+        """Nothing to record."""
+
+    def __enter__(self) -> _NoStream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+def _redirect_streams() -> None:
+    """Streams of the gradient buffers, the pipeline schedule and the checkpoint writer."""
+    torch.cuda.Stream = _NoStream  # type: ignore[assignment,misc]
+    torch.cuda.current_stream = _NoStream  # type: ignore[assignment]
+    torch.cuda.default_stream = _NoStream  # type: ignore[assignment]
+    torch.cuda.stream = lambda _: contextlib.nullcontext()  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.is_current_stream_capturing = lambda: False
+
+
+def _redirect_type_names() -> None:
+    """`Tensor.type()` strings, which the optimizers compare with "torch.cuda.FloatTensor" and its like."""
+    original = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if isinstance(result, str):
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.startswith("megatron.core."):
+                return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
+    for name, dtype in (("FloatTensor", torch.float32), ("LongTensor", torch.int64), ("IntTensor", torch.int32)):
+        setattr(torch.cuda, name, functools.partial(torch.tensor, dtype=dtype))
+
+
+def _redirect_rng() -> None:
+    """The CUDA generator that megatron-core's RNG tracker forks; the CPU generator takes its part."""
+    from torch.cuda import random as cuda_random
+
+    def get_state(*_: Any, **__: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+        torch.set_rng_state(state)
+
+    for module in (torch.cuda, cuda_random):
+        module.get_rng_state = get_state  # type: ignore[attr-defined]
+        module.set_rng_state = set_state  # type: ignore[attr-defined]
+        module.manual_seed = torch.manual_seed  # type: ignore[attr-defined]
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state
+
+
+def _redirect_collectives() -> None:
+    """`barrier(device_ids=...)`, which gloo refuses."""
+    original = dist.barrier
+
+    def barrier(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("device_ids", None)
+        return original(*args, **kwargs)
+
+    dist.barrier = barrier

@@ -1,0 +1,82 @@
+"""Start and end of the process group, and text between ranks."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_vlmr1.runtime import device
+from megatron_vlmr1.runtime.ranks import Identity, identity
+
+
+def start(timeout_s: int) -> Identity:
+    """Join the process group that the environment describes; without one, a group of this process alone.
+
+    Raises:
+        ValueError: more ranks than GPUs on this node, or several ranks without MASTER_ADDR and MASTER_PORT.
+    """
+    me = identity() or Identity(0, 1, 0)
+    if device.has_cuda():
+        if me.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"rank {me.rank} is number {me.local_rank} on its node, which has {torch.cuda.device_count()} GPUs: "
+                'start fewer ranks, or keep to the CPU with CUDA_VISIBLE_DEVICES=""'
+            )
+        torch.cuda.set_device(me.local_rank)
+    if "VLMR1_INIT_METHOD" in os.environ:
+        init_method: str | None = os.environ["VLMR1_INIT_METHOD"]
+    elif me.world == 1:
+        init_method = None
+    elif "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        init_method = "env://"
+    else:
+        raise ValueError("MASTER_ADDR and MASTER_PORT must be set for a job of several ranks")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.has_cuda() else "gloo",
+        init_method=init_method,
+        store=dist.HashStore() if init_method is None else None,
+        rank=me.rank,
+        world_size=me.world,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return me
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def broadcast_text(text: str, source: int = 0, group: dist.ProcessGroup | None = None) -> str:
+    """Give every rank of the group the text of global rank `source`."""
+    data = text.encode() if dist.get_rank() == source else b""
+    size = torch.tensor([len(data)], device=device.device())
+    dist.broadcast(size, source, group=group)
+    buffer = torch.zeros(int(size), dtype=torch.uint8, device=device.device())
+    if data:
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if len(buffer):
+        dist.broadcast(buffer, source, group=group)
+    return bytes(buffer.cpu().numpy()).decode()
+
+
+def from_node_leader(text: str, local_rank: int) -> str:
+    """Give every rank the text of its own node's first rank; ranks of a node are numbered one after another."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mine = torch.tensor([local_rank], device=device.device())
+    table = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(table, mine)
+    leaders = [r for r in range(world) if int(table[r]) == 0]
+    texts = {leader: broadcast_text(text, leader) for leader in leaders}
+    return texts[max(leader for leader in leaders if leader <= rank)]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on any rank of the world; all ranks get the same answer."""
+    value = torch.tensor([float(flag)], device=device.device())
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return bool(value)

@@ -1,0 +1,26 @@
+"""Who this process is in the job, from its environment: srun, torchrun or our launcher. No torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Identity:
+    """This process's place among the job's ranks."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+
+def identity() -> Identity | None:
+    """Return this process's place when it was started as a rank, else None."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Identity(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")))
+    # Only srun sets the step's variables; the batch script itself is no rank.
+    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return Identity(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", "0")))
+    return None

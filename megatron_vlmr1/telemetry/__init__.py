@@ -1,0 +1,1 @@
+"""Metrics, timers, FLOPs, device readings, sample pages."""

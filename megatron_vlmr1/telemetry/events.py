@@ -1,0 +1,55 @@
+"""Scalars for TensorBoard, written in the caller's thread.
+
+TensorBoard's own writers queue to a thread, so that a full disk shows up at some later call or as a traceback of
+that thread; here the call that fails is the one that raises.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class ScalarEvents:
+    """One event file in `directory`, from `first_step` on.
+
+    TensorBoard forgets points of earlier files at and after `first_step`, so a resumed run shows each step once.
+
+    Raises:
+        ImportError: the tensorboard package is missing.
+        OSError: the directory cannot be written.
+    """
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        now = time.time()
+        # Readers go through the files in the order of their names.
+        name = f"events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}"
+        self._writer = RecordWriter((directory / name).open("wb"))
+        self._writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+        start = Event(wall_time=now, step=first_step, session_log=SessionLog(status=SessionLog.START))
+        self._writer.write(start.SerializeToString())
+        self._writer.flush()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add one point to each metric's curve.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._writer.write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)).SerializeToString())
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()

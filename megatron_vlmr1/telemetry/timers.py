@@ -1,0 +1,57 @@
+"""Seconds per phase of a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class PhaseTimers:
+    """``with timers("rollout"): …`` adds to that phase until `take`.
+
+    A phase inside another is counted for itself alone: its seconds are not the outer one's, so phases add up to
+    at most the step.
+
+    Args:
+        synchronize: called at both ends of a phase, so that queued device work counts where it was asked for
+            (``torch.cuda.synchronize``); None where nothing is queued.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, synchronize: Callable[[], None] | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._synchronize = synchronize
+        self._clock = clock
+        self._seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time the block as `phase`."""
+        self._switch()
+        self._open.append(phase)
+        self._seconds.setdefault(phase, 0.0)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._open.pop()
+
+    def take(self) -> dict[str, float]:
+        """Return ``{"time/<phase>": seconds}`` since the last call and start from zero. Call it outside phases."""
+        assert not self._open, f"phase {self._open[-1]} is still open"
+        taken = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        self._seconds = {}
+        return taken
+
+    def _switch(self) -> None:
+        """Credit the time since the last switch to the innermost open phase."""
+        if self._synchronize is not None:
+            self._synchronize()
+        now = self._clock()
+        if self._open:
+            self._seconds[self._open[-1]] += now - self._since
+        self._since = now

@@ -1,0 +1,192 @@
+"""What both loops stand on: the run directory, the actor, the judges, resume, and what follows each step."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vlmr1 import config
+from megatron_vlmr1.checkpoint.locate import hf_directory, weights_sha256
+from megatron_vlmr1.config import Config
+from megatron_vlmr1.data.feed import Feed
+from megatron_vlmr1.data.index import ShardSet
+from megatron_vlmr1.data.stream import Stream
+from megatron_vlmr1.errors import REQUEUE, RunStopped
+from megatron_vlmr1.evaluate import split
+from megatron_vlmr1.grpo.reference import Reference
+from megatron_vlmr1.grpo.update import Updater
+from megatron_vlmr1.parallel import optimizer as parallel_optimizer
+from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.rewards import tasks
+from megatron_vlmr1.rewards.judges import judges
+from megatron_vlmr1.rollout.actor import Actor
+from megatron_vlmr1.runtime import distributed
+from megatron_vlmr1.runtime.signals import StopFlag
+from megatron_vlmr1.telemetry import console, nvml
+from megatron_vlmr1.telemetry.files import write_atomic
+from megatron_vlmr1.telemetry.metrics import MetricsWriter
+from megatron_vlmr1.telemetry.timers import PhaseTimers
+from megatron_vlmr1.train.checkpoints import Checkpoints
+
+
+class Run:
+    """One training run on this rank."""
+
+    def __init__(self, cfg: Config, mesh: Mesh, stop: StopFlag, stack: ExitStack) -> None:
+        """Check the data, load the model, start the judges; `stack` ends what was started.
+
+        Raises:
+            ValueError: the user's input does not fit together; one line.
+        """
+        self.cfg, self.mesh, self.stop = cfg, mesh, stop
+        self.run_dir = Path(cfg.run_dir)
+        self.task = tasks.get(cfg.task)
+        self.shards = ShardSet.open(cfg.data.train)
+        self.splits = {name: ShardSet.open(path) for name, path in cfg.data.evaluate.items()}
+        self.checkpoints = Checkpoints(cfg, mesh)
+        resumed = self.checkpoints.newest()
+        source = hf_directory(cfg.model.path, check=mesh.rank == 0)
+        self.actor = Actor(source, cfg, mesh)
+        self.reference = self._load_reference(source)
+        if resumed:
+            self.actor.load_weights(resumed / "hf")
+        ddp = self.actor.policy.wrap_for_training()
+        self.optimizer = parallel_optimizer.build(cfg.optimizer, ddp)
+        self.updater = Updater(self.actor.policy, self.optimizer, cfg)
+        progress = self.checkpoints.restore(self.actor, self.optimizer, resumed) if resumed else {}
+        if progress.get("data_sha256", self.shards.digest()) != self.shards.digest():
+            raise ValueError(
+                f"{cfg.data.train}: not the data that {self.run_dir} was started with; use another run_dir"
+            )
+        self.step = int(progress.get("step", 0))
+        self.updater.bad_steps = int(progress.get("bad_steps", 0))
+        self.feed = self._feed(int(progress.get("consumed_samples", 0)))
+        self.feed.skipped = int(progress.get("skipped", 0))
+        self.judges = stack.enter_context(judges(cfg.rewards, cfg.task, mesh, self.log_dir, cfg.parallel.timeout_s))
+        self.timers = PhaseTimers(torch.cuda.synchronize if torch.cuda.is_available() else None)
+        self.metrics = MetricsWriter(self.run_dir) if mesh.rank == 0 else None
+        if self.metrics is not None:
+            stack.callback(self.metrics.close)
+            self.metrics.truncate_after(self.step)
+            write_atomic(self.run_dir / "config.yaml", config.dump(cfg).encode())
+        self._started = time.perf_counter()
+
+    @property
+    def log_dir(self) -> Path:
+        """Where this attempt's logs and its outcome go."""
+        return Path(os.environ.get("VLMR1_LOG_DIR", self.run_dir / "logs"))
+
+    def after_step(self, step: int, metrics: dict[str, float]) -> bool:
+        """Log, evaluate, save; return whether to stop because a signal asked for it. `step` counts from 0."""
+        cfg = self.cfg.train
+        self.step = step + 1
+        last = self.step == cfg.steps
+        stopping = distributed.any_rank(self.stop.requested is not None)
+        if cfg.evaluate_every and (self.step % cfg.evaluate_every == 0) and not stopping:
+            with self.timers("evaluate"):
+                metrics |= self.evaluate()
+        now = time.perf_counter()
+        metrics |= self.timers.take() | {"perf/step_s": now - self._started, "data/consumed": self.feed.consumed}
+        metrics |= self._rates(metrics) | nvml.device_metrics()
+        self._started = now
+        if self.metrics is not None:
+            self.metrics.write(step, metrics)
+            console.print_line(step, cfg.steps, metrics)
+        # After the metrics, so that a checkpoint's steps are all on record; its time counts in the next step.
+        if last or stopping or (cfg.save_every and self.step % cfg.save_every == 0):
+            with self.timers("save_exposed"):
+                self._save(must=last or stopping)
+        return stopping and not last
+
+    def _save(self, must: bool) -> None:
+        """Save; the last checkpoint of an attempt is tried again until it is there or the run stops itself."""
+        while not self.checkpoints.save(self.actor, self.optimizer, self._progress()) and must:
+            continue
+
+    def _rates(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Tokens per second: generated ones in the rollout, trained ones per rank over the whole step."""
+        rates = {"perf/tokens_per_s_per_gpu": metrics["train/tokens"] / metrics["perf/step_s"] / self.mesh.world}
+        if "rollout/tokens" in metrics:
+            rates["rollout/tokens_per_s"] = metrics["rollout/tokens"] / max(1e-9, metrics["time/rollout"])
+        return rates
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate every split; return ``evaluate/SPLIT/FIGURE``."""
+        out: dict[str, float] = {}
+        for name, shards in self.splits.items():
+            figures = split.evaluate(self.actor, self.judges, shards, self.cfg, self.mesh).figures
+            out |= {f"evaluate/{name}/{figure}": value for figure, value in figures.items()}
+        return out
+
+    def write_facts(self) -> None:
+        """Write ``facts.json``: who took part, and what was read; all ranks call it at the end of training."""
+        mine = torch.tensor([os.getpid()])
+        pids = [torch.empty_like(mine) for _ in range(self.mesh.world)]
+        dist.all_gather(pids, mine)
+        read = {name for r in range(self.mesh.world) for name in self._shards_read_by(r)}
+        if self.mesh.rank != 0:
+            return
+        stats = self.judges.stats()
+        facts = {
+            "parallel": self.mesh.describe(),
+            "versions": {name: version(name) for name in ("megatron-core", "torch", "transformers")},
+            "rank_pids": [int(pid) for pid in pids],
+            "reward_pids": [stats["service_pid"], *stats["worker_pids"]],
+            "scored": stats["scored"],
+            "shards_read": sorted(read),
+            "data_sha256": self.shards.digest(),
+            "base_sha256": weights_sha256(self.actor.directory),
+        }
+        write_atomic(self.run_dir / "facts.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+    def _shards_read_by(self, rank: int) -> list[str]:
+        text = distributed.broadcast_text("\n".join(sorted(self.shards.shards_read)), rank)
+        return [name for name in text.split("\n") if name]
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "consumed_samples": self.feed.consumed,
+            "bad_steps": self.updater.bad_steps,
+            "skipped": self.feed.skipped,
+            "data_sha256": self.shards.digest(),
+            "config": self.cfg.model_dump(mode="json"),
+        }
+
+    def _load_reference(self, source: Path) -> Reference | None:
+        cfg = self.cfg
+        if cfg.method != "grpo" or cfg.grpo.beta == 0:
+            return None
+        if cfg.model.reference_path is not None:
+            self.actor.load_weights(hf_directory(cfg.model.reference_path, check=self.mesh.rank == 0))
+        reference = Reference(self.actor.policy)
+        if cfg.model.reference_path is not None:
+            self.actor.load_weights(source)
+        return reference
+
+    def _feed(self, consumed: int) -> Feed:
+        cfg, mesh = self.cfg, self.mesh
+        if cfg.train.prompts_per_step % mesh.dp_size:
+            raise ValueError(
+                f"train.prompts_per_step={cfg.train.prompts_per_step} is not a multiple of the "
+                f"{mesh.dp_size} data-parallel ranks"
+            )
+        stream = Stream(
+            self.shards, cfg.seed, cfg.data.lanes, cfg.data.shuffle_window, mesh.dp_rank, mesh.dp_size, consumed
+        )
+        ledger = self.run_dir / "ledger" / f"rank_{mesh.dp_rank}.jsonl" if mesh.is_model_leader else None
+        return Feed(stream, self.actor.prompt_builder(self.task.render), mesh, ledger)
+
+
+def requeue(run: Run) -> RunStopped:
+    """Return what a loop raises after it has saved because of a signal."""
+    reason = f"checkpointed at step {run.step} on {run.stop.requested or 'a signal to another rank'}"
+    return RunStopped(REQUEUE, reason, run.step)

@@ -1,0 +1,77 @@
+"""Supervised fine-tuning on the rows' own answers: the base of the shipped model, and GRPO's contrast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+import torch.distributed as dist
+
+from megatron_vlmr1.config import Config
+from megatron_vlmr1.data.packing import MicroBatch, PackedGroup
+from megatron_vlmr1.data.tokens import completion_ids
+from megatron_vlmr1.grpo.update import Loss, label_tensors
+from megatron_vlmr1.parallel import reduce
+from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.parallel.optimizer import learning_rate
+from megatron_vlmr1.parallel.schedule import Result
+from megatron_vlmr1.runtime import device
+from megatron_vlmr1.runtime.signals import StopFlag
+from megatron_vlmr1.train.run import Run, requeue
+from megatron_vlmr1.types import Prompt, Sample
+
+
+def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
+    """Run SFT to `train.steps`, from the newest checkpoint of the run directory if it has one.
+
+    Raises:
+        ValueError: the user's input does not fit together.
+        RunStopped: checkpointed on a signal (85), or stopped itself (17).
+    """
+    with ExitStack() as stack:
+        run = Run(cfg, mesh, stop, stack)
+        for step in range(run.step, cfg.train.steps):
+            with run.timers("data"):
+                groups = packed(run, run.feed.next(cfg.train.prompts_per_step))
+            with run.timers("update"):
+                batches = run.updater.micro_batches(groups)
+                lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
+                results, metrics = run.updater.step(batches, token_mean_loss(run, batches), lr)
+            run.actor.policy.forget_features()
+            speaks = mesh.is_last_stage and mesh.tp_rank == 0
+            sums = reduce.sums({k: sum(float(r[k]) for r in results) for k in ("loss", "tokens")}, speaks)
+            skipped = reduce.sums({"data/skipped": run.feed.skipped}, mesh.is_model_leader)
+            metrics |= {"train/loss": sums["loss"], "train/tokens": sums["tokens"], **skipped}
+            if run.after_step(step, metrics):
+                raise requeue(run)
+    return run
+
+
+def packed(run: Run, batch: Sequence[tuple[Prompt, Sample]]) -> list[PackedGroup]:
+    """Put each row's answer behind its prompt: its ``completion`` where it has one, else its solution.
+
+    Raises:
+        ValueError: a row's completion is not text.
+    """
+    groups = []
+    for slot, (prompt, sample) in enumerate(batch):
+        text = sample.extra.get("completion", sample.solution)
+        if not isinstance(text, str):
+            raise ValueError(f"{sample.key}: completion must be text")
+        groups.append(PackedGroup(prompt, (completion_ids(run.actor.tokenizer, text, run.actor.stop_ids[0]),), (slot,)))
+    return groups
+
+
+def token_mean_loss(run: Run, batches: Sequence[MicroBatch]) -> Loss:
+    """Return the loss -log p averaged over all completion tokens of the step, on all data-parallel ranks."""
+    total = torch.tensor(float(sum(len(batch.label_ids) for batch in batches)), device=device.device())
+    dist.all_reduce(total, group=run.mesh.dp_group)
+    tokens = max(1.0, float(total))
+
+    def loss(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Result]:
+        logprobs, _ = run.actor.policy.logprobs(hidden, *label_tensors(batch))
+        value = -logprobs.sum() / tokens
+        return value, {"loss": value.detach(), "tokens": torch.tensor(float(len(logprobs)))}
+
+    return loss

@@ -1,0 +1,110 @@
+"""Random Qwen2.5-VL checkpoints, and prompts for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_vlmr1.data.packing import MicroBatch
+from megatron_vlmr1.models.mrope import mrope_positions
+from megatron_vlmr1.types import ImagePatches, IntArray, Prompt
+from tests.tiny import write_tiny_checkpoint_files
+
+STD = 0.1
+PATCH_DIM = 3 * 2 * 14 * 14
+PLAIN_IDS = 400  # ids below are ordinary tokens of the tiny tokenizer
+VISION = {"depth": 4, "fullatt_block_indexes": [1, 3]}  # windowed and full-attention blocks, by turns
+
+
+def write_random_checkpoint(directory: Path, seed: int = 0, tied: bool = False, **text_settings: Any) -> Path:
+    """Write a whole Hugging Face directory whose every number is drawn with std 0.1, norms around one.
+
+    Args:
+        directory: made if missing.
+        seed: of the weights.
+        tied: whether the output layer shares the embedding's weight.
+        text_settings: override the text model's settings, as `tests.tiny` takes them.
+    """
+    import torch
+    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+    write_tiny_checkpoint_files(directory, **{"num_hidden_layers": 4, **text_settings})
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = tied
+    config["vision_config"] |= VISION
+    path.write_text(json.dumps(config))
+    stops = (directory / "generation_config.json").read_bytes()
+    model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(str(directory))).float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0.0, STD, generator=generator)
+            if "norm" in name or "ln_q" in name:
+                parameter.add_(1.0)
+    model.save_pretrained(str(directory))
+    (directory / "generation_config.json").write_bytes(stops)
+    return directory
+
+
+def plain_model(directory: Path, dtype: str = "float32") -> Any:
+    """Load transformers' own model, the reference of our tests."""
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(str(directory), dtype=getattr(torch, dtype)).eval()
+
+
+def banned_ids(directory: Path) -> list[int]:
+    """Return the vision tokens, and ordinary tokens of both halves of the vocabulary."""
+    config = json.loads((directory / "config.json").read_text())
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return sorted({3, 100, 399, *(config[name] for name in names)})
+
+
+def random_image(seed: int, rows: int, columns: int) -> ImagePatches:
+    """Draw an image of `rows` x `columns` patches."""
+    patches = np.random.default_rng((seed, rows, columns)).standard_normal((rows * columns, PATCH_DIM))
+    patches = patches.astype(np.float32)
+    digest = hashlib.sha256(patches.tobytes()).digest()
+    return ImagePatches(patches, (1, rows, columns), (columns * 14, rows * 14), digest)
+
+
+def random_prompt(directory: Path, position: int, text: int, images: Sequence[ImagePatches] = ()) -> Prompt:
+    """Draw a prompt: `text` tokens, then each image followed by three tokens more."""
+    config = json.loads((directory / "config.json").read_text())
+    image_id = config["image_token_id"]
+    rng = np.random.default_rng((position, text))
+    ids: list[int] = rng.integers(0, PLAIN_IDS, text).tolist()
+    for image in images:
+        ids.append(config["vision_start_token_id"])
+        ids += [image_id] * (len(image.patches) // 4)
+        ids.append(config["vision_end_token_id"])
+        ids += rng.integers(0, PLAIN_IDS, 3).tolist()
+    tokens: IntArray = np.array(ids, dtype=np.int64)
+    positions = mrope_positions(tokens, [image.grid_thw for image in images], image_id, 2)
+    return Prompt(position, f"prompt {position}", tokens, positions, tuple(images), "", "")
+
+
+def mixed_prompts(directory: Path) -> list[Prompt]:
+    """Return text-only prompts at even positions; one image, two of unlike sizes, and a shared image at odd ones."""
+    square = random_image(0, 8, 8)
+    shapes: list[tuple[int, tuple[ImagePatches, ...]]] = [
+        (7, ()),
+        (3, (square,)),
+        (3, ()),
+        (5, (random_image(1, 4, 6), random_image(2, 20, 10))),
+        (9, ()),
+        (4, (random_image(3, 2, 2), square)),
+    ]
+    return [random_prompt(directory, i, text, images) for i, (text, images) in enumerate(shapes)]
+
+
+def kind(batch: MicroBatch) -> str:
+    """Name what a micro-batch holds."""
+    return {0: "text", 1: "one image"}.get(len(batch.images), "images")

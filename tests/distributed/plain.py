@@ -1,0 +1,119 @@
+"""What transformers and plain autograd say: one sequence at a time, nothing packed, nothing parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_vlmr1.checkpoint.weights import HfWeights, published_name
+from megatron_vlmr1.types import Group, IntArray, Prompt
+
+Tensors = dict[str, torch.Tensor]
+
+
+def inputs(model: Any, prompt: Prompt, more: IntArray | Sequence[int] = ()) -> dict[str, torch.Tensor]:
+    """Return transformers' inputs for a prompt and what follows it; it works out the positions by itself."""
+    ids = torch.tensor([[*prompt.token_ids.tolist(), *map(int, more)]])
+    out = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == model.config.image_token_id).int(),
+    }
+    if prompt.images:
+        pixels = torch.from_numpy(np.concatenate([image.patches for image in prompt.images]))
+        out["pixel_values"] = pixels.to(model.dtype)
+        out["image_grid_thw"] = torch.tensor([image.grid_thw for image in prompt.images])
+    return out
+
+
+def logits(model: Any, prompt: Prompt, more: IntArray | Sequence[int] = ()) -> torch.Tensor:
+    """Return [T, vocabulary]."""
+    return model(**inputs(model, prompt, more), use_cache=False).logits[0]
+
+
+def distributions(model: Any, prompt: Prompt, completion: IntArray, banned: Sequence[int]) -> torch.Tensor:
+    """Return the log-probs [L, vocabulary] that each token of a completion was chosen from."""
+    scores = logits(model, prompt, completion)[len(prompt.token_ids) - 1 : -1]
+    forbidden = torch.zeros(scores.shape[1], dtype=torch.bool)
+    forbidden[list(banned)] = True
+    return torch.log_softmax(scores.masked_fill(forbidden, float("-inf")), dim=-1)
+
+
+def logprobs(model: Any, prompt: Prompt, completion: IntArray, banned: Sequence[int]) -> torch.Tensor:
+    """Return the log-probs [L] of a completion."""
+    table = distributions(model, prompt, completion, banned)
+    return table.gather(1, torch.from_numpy(completion)[:, None])[:, 0]
+
+
+def grpo_loss(
+    model: Any,
+    reference: Any | None,
+    groups: Sequence[Group],
+    banned: Sequence[int],
+    beta: float = 0.04,
+    old: dict[tuple[int, int], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of a step, and its KL: the mean over completions of each one's mean over tokens.
+
+    Args:
+        model: the policy.
+        reference: of the KL term; None for none.
+        groups: with advantages; a NaN takes no part.
+        banned: token ids that are never sampled.
+        beta: weight of the KL term.
+        old: log-probs of the policy that generated, by group and completion; the present ones when None.
+    """
+    losses, kls = [], []
+    for g, group in enumerate(groups):
+        assert group.advantages is not None
+        for i, completion in enumerate(group.completions):
+            advantage = float(group.advantages[i])
+            if np.isnan(advantage):
+                continue
+            new = logprobs(model, group.prompt, completion.token_ids, banned)
+            ratio = torch.exp(new - (new.detach() if old is None else old[g, i]))
+            per_token = -torch.min(ratio * advantage, torch.clip(ratio, 0.8, 1.2) * advantage)
+            kl = torch.zeros_like(new)
+            if reference is not None:
+                with torch.no_grad():
+                    fixed = logprobs(reference, group.prompt, completion.token_ids, banned)
+                kl = torch.exp(fixed - new) - (fixed - new) - 1
+            losses.append((per_token + beta * kl).mean())
+            kls.append(kl.detach().mean())
+    return torch.stack(losses).mean(), torch.stack(kls).mean()
+
+
+def gradients(model: Any, loss: torch.Tensor) -> Tensors:
+    """Differentiate `loss`; gradients under the published names."""
+    model.zero_grad()
+    loss.backward()
+    return {published_name(name): p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def read(directory: Path) -> Tensors:
+    """Read all tensors of a Hugging Face directory under their published names."""
+    weights = HfWeights(directory)
+    return {name: weights.tensor(name).clone() for name in weights.names()}
+
+
+def flat(tensors: Tensors) -> torch.Tensor:
+    """Return all numbers in one row, in order of names."""
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def worst(found: Tensors, expected: Tensors) -> tuple[float, str]:
+    """Return the largest relative difference ||found - expected|| / ||expected|| of a tensor, and which it is."""
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    return max(
+        (float((found[n].double() - expected[n].double()).norm() / expected[n].double().norm()), n) for n in expected
+    )
+
+
+def within(record: Callable[[str, object], None], what: str, found: float, limit: float, detail: object = "") -> None:
+    """Record a measured number, and fail where it is over its limit or not a number."""
+    record(what, found)
+    assert found <= limit, f"{what}: {found:.3e} > {limit:.0e} {detail}"

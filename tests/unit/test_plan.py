@@ -1,0 +1,63 @@
+"""The plan counts what the model really has."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_vlmr1 import config
+from megatron_vlmr1.checkpoint.locate import hf_directory
+from megatron_vlmr1.cli.main import main
+from megatron_vlmr1.models.families import read_shape
+from megatron_vlmr1.plan.step import lines, plan
+
+
+def settings(tp: int = 1, pp: int = 1, **sections: object) -> config.Config:
+    parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    raw = {"model": {"path": "-"}, "data": {"train": "-"}, "precision": "fp32", "parallel": parallel, **sections}
+    return config.parse(raw, "test")
+
+
+def test_one_rank_holds_what_transformers_counts() -> None:
+    from transformers import AutoModelForImageTextToText
+
+    directory = hf_directory("asset:tiny_vlm")
+    model = AutoModelForImageTextToText.from_pretrained(directory)
+    (only,) = plan(settings(), read_shape(directory), 1)
+    count = sum(p.numel() for p in model.parameters())
+    assert only.parameters == count
+    assert (only.weights_bytes, only.gradients_bytes, only.optimizer_bytes) == (4 * count, 4 * count, 8 * count)
+    assert only.reference_bytes == 4 * count
+    # 4 layers x (key and value) x 2 heads of 32 numbers of 4 bytes
+    assert only.kv_cache_bytes == 262_144 * 4 * 2 * 2 * 32 * 4
+
+
+def test_layouts_share_out() -> None:
+    shape = read_shape(hf_directory("asset:tiny_vlm"))
+    (one,) = plan(settings(), shape, 1)
+    (half,) = plan(settings(tp=2), shape, 4)
+    vision = one.parameters - plan(settings(pp=2), shape, 2)[0].parameters  # less than all: some layers are elsewhere
+    assert one.parameters / 2 < half.parameters < one.parameters and vision > 0
+    assert half.optimizer_bytes == 8 * half.parameters // 2  # two data-parallel ranks share it
+    first, last = plan(settings(pp=2), shape, 2)
+    tied_copy = shape.text.vocab_size * shape.text.hidden_size
+    assert first.parameters + last.parameters == one.parameters + tied_copy
+    bf16 = plan(settings(precision="bf16", grpo={"beta": 0.0}, model={"path": "-", "freeze_vision": True}), shape, 1)[0]
+    assert bf16.weights_bytes == 2 * bf16.parameters and bf16.reference_bytes == 0
+    assert bf16.optimizer_bytes == 3 * bf16.gradients_bytes < 12 * bf16.parameters
+
+
+def test_work_grows_with_passes() -> None:
+    shape = read_shape(hf_directory("asset:tiny_vlm"))
+    plain = plan(settings(grpo={"beta": 0.0}), shape, 1)[0]
+    with_reference = plan(settings(grpo={"beta": 0.04}), shape, 1)[0]
+    assert with_reference.step_flops / plain.step_flops == pytest.approx(5 / 4)
+    assert plain.step_tokens == 16 * (2048 + 8 * 256)
+
+
+def test_refusals_and_the_dry_run(capfd: pytest.CaptureFixture[str]) -> None:
+    shape = read_shape(hf_directory("asset:tiny_vlm"))
+    with pytest.raises(ValueError, match="3 ranks are not a multiple of tensor x pipeline = 2"):
+        list(lines(settings(tp=2), shape, 3))
+    assert main(["train", "configs/quickstart.yaml", "--dry-run", "--nproc", "4"]) == 0
+    out = capfd.readouterr().out
+    assert "# 4 ranks: tensor 2 x pipeline 1 x data 2\n" in out and "# a rank of stage 0: " in out

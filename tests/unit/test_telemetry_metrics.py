@@ -1,0 +1,224 @@
+"""metrics.jsonl, TensorBoard, samples, timers, console line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+
+import pytest
+
+from megatron_vlmr1.telemetry import events, nvml
+from megatron_vlmr1.telemetry.console import console_line, duration, print_line
+from megatron_vlmr1.telemetry.metrics import MetricsWriter, read_metrics
+from megatron_vlmr1.telemetry.samples import write_samples
+from megatron_vlmr1.telemetry.timers import PhaseTimers
+
+full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+def steps_of(run):
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensorboard_points(run, tag):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(run / "tensorboard"))
+    accumulator.Reload()
+    return [(point.step, round(point.value, 6)) for point in accumulator.Scalars(tag)]
+
+
+def test_lines_are_strict_json_and_read_back(tmp_path):
+    writer = MetricsWriter(tmp_path / "new" / "run")
+    writer.write(0, {"reward/mean": 1.25, "grpo/kl": math.nan, "a": math.inf, "b": -math.inf})
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    line = (tmp_path / "new/run/metrics.jsonl").read_text()
+    row = json.loads(line, parse_constant=refuse)
+    assert row["step"] == 0 and row["reward/mean"] == 1.25 and row["grpo/kl"] == "NaN"
+    [(step, values)] = read_metrics(tmp_path / "new/run")
+    assert step == 0 and math.isnan(values["grpo/kl"]) and values["a"] == math.inf and values["b"] == -math.inf
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path):
+    first = MetricsWriter(tmp_path)
+    for step in range(5):
+        first.write(step, {"x": step})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step":5,"x":')  # killed in the middle of a line
+    resumed = MetricsWriter(tmp_path)
+    resumed.truncate_after(3)
+    for step in range(3, 6):
+        resumed.write(step, {"x": 10 + step})
+    resumed.close()
+    assert steps_of(tmp_path) == [0, 1, 2, 3, 4, 5]
+    expected = [(0, 0), (1, 1), (2, 2), (3, 13), (4, 14), (5, 15)]
+    assert [(step, values["x"]) for step, values in read_metrics(tmp_path)] == expected
+    assert tensorboard_points(tmp_path, "x") == expected
+
+
+def test_a_torn_tail_costs_only_itself(tmp_path):
+    MetricsWriter(tmp_path).write(0, {"x": 1})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step":1,"x"')
+    MetricsWriter(tmp_path).write(2, {"x": 3})
+    assert [(step, values["x"]) for step, values in read_metrics(tmp_path)] == [(0, 1.0), (2, 3.0)]
+
+
+def test_hostile_lines_are_left_out(tmp_path):
+    lines = ["[]", '{"step":"1"}', "[" * 100_000, '{"step":1,"x":"abc","y":[1],"z":2,"big":1' + "0" * 400 + "}", "\xff"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert read_metrics(tmp_path) == [(1, {"z": 2.0})]
+    assert read_metrics(tmp_path / "absent") == []
+
+
+@full
+def test_a_full_disk_warns_once_and_does_not_raise(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    (tmp_path / "tensorboard").write_text("in the way")
+    writer = MetricsWriter(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        for step in range(3):
+            writer.write(step, {"x": 1.0})
+    assert sorted(record.message.split()[0] for record in caplog.records) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_a_disk_that_comes_back_is_used_again(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    (tmp_path / "metrics.jsonl").mkdir()
+    writer.write(0, {"x": 1.0})
+    (tmp_path / "metrics.jsonl").rmdir()
+    writer.write(1, {"x": 1.0})
+    assert steps_of(tmp_path) == [1]
+
+
+def test_without_tensorboard_the_lines_are_still_written(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
+    writer = MetricsWriter(tmp_path)
+    writer.write(0, {"x": 1.0})
+    writer.write(1, {"x": 1.0})
+    assert steps_of(tmp_path) == [0, 1]
+    assert len(caplog.records) == 1
+
+
+@full
+def test_a_full_disk_raises_in_the_call_that_wrote(tmp_path):
+    scalars = events.ScalarEvents(tmp_path, 0)
+    scalars._writer._writer = open("/dev/full", "wb")
+    with pytest.raises(OSError):
+        scalars.write(0, {"x": 1.0})
+
+
+def test_samples_are_whole_and_strict(tmp_path):
+    completion = {"text": "<think>\ud800", "value": 1.5, "parts": {"iou": 0.5}, "failure": None, "advantage": math.nan}
+    path = write_samples(tmp_path, 7, [{"key": "a", "question": "é", "truth": "[1]", "completions": [completion]}])
+    assert path == tmp_path / "samples" / "step_7.jsonl"
+    [row] = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+    assert row["completions"][0] == completion | {"advantage": "NaN"}
+    assert os.listdir(path.parent) == ["step_7.jsonl"]
+
+
+def test_samples_that_cannot_be_written_only_warn(tmp_path, caplog):
+    (tmp_path / "samples").write_text("in the way")
+    assert write_samples(tmp_path, 0, []) is None
+    assert len(caplog.records) == 1
+
+
+def test_phases_add_up_when_nested():
+    now, synced = [0.0], []
+    timers = PhaseTimers(synchronize=lambda: synced.append(now[0]), clock=lambda: now[0])
+
+    def work(seconds):
+        now[0] += seconds
+
+    with timers("rollout"):
+        work(2)
+        with timers("reward_exposed"):
+            work(3)
+        work(4)
+    work(10)
+    with timers("rollout"):
+        work(1)
+    with pytest.raises(KeyError), timers("update"):
+        work(5)
+        raise KeyError
+    assert timers.take() == {"time/rollout": 7.0, "time/reward_exposed": 3.0, "time/update": 5.0}
+    assert timers.take() == {}
+    assert len(synced) == 8
+
+
+def test_console_line(capsys):
+    metrics = {"reward/mean": 1.2345, "reward/format": 0.5, "grpo/kl": 0.00123, "train/grad_norm": math.nan}
+    line = console_line(9, 160, metrics | {"rollout/length_mean": 26.04, "perf/step_s": 0.5})
+    assert line == "step  10/160  reward 1.234  format 0.50  kl 0.0012  length 26.0  grad nan  time 0.50s  left 1m15s"
+    print_line(9, 160, {})
+    captured = capsys.readouterr()
+    assert captured.err == "step  10/160\n" and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (3725, "1h02m"), (90000, "1d01h"), (math.inf, "?")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+class FakeNvml:
+    """Two devices, of which the second knows no power and has a fallen-off sibling."""
+
+    NVML_TEMPERATURE_GPU = 0
+
+    class NVMLError(Exception):
+        pass
+
+    class NVMLError_NotSupported(NVMLError):  # noqa: N801 - the library's name
+        pass
+
+    class Reading:
+        def __init__(self, index):
+            self.gpu, self.used = 40 + 20 * index, 1000 * (index + 1)
+
+    def nvmlDeviceGetCount(self):
+        return 3
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        if index == 2:
+            raise self.NVMLError
+        return index
+
+    def nvmlDeviceGetUtilizationRates(self, device):
+        return self.Reading(device)
+
+    nvmlDeviceGetMemoryInfo = nvmlDeviceGetUtilizationRates
+
+    def nvmlDeviceGetPowerUsage(self, device):
+        if device == 1:
+            raise self.NVMLError_NotSupported
+        return 350_000
+
+    def nvmlDeviceGetTemperature(self, device, sensor):
+        return 50 + device
+
+
+def test_device_readings(monkeypatch):
+    monkeypatch.setattr(nvml, "_nvml", FakeNvml)
+    assert nvml.read_devices() == [
+        {"util": 40, "mem_bytes": 1000, "power_w": 350, "temp_c": 50},
+        {"util": 60, "mem_bytes": 2000, "temp_c": 51},
+    ]
+    metrics = nvml.device_metrics()
+    assert metrics.pop("host/rss_bytes") > 1e6
+    assert metrics == {"gpu/util": 50, "gpu/mem_bytes": 2000, "gpu/power_w": 350, "gpu/temp_c": 51}
+
+
+def test_no_devices_without_nvml(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    nvml._nvml.cache_clear()
+    assert nvml.read_devices() == [] and set(nvml.device_metrics()) == {"host/rss_bytes"}
+    assert not caplog.records
+    nvml._nvml.cache_clear()
