@@ -95,8 +95,18 @@ class RolloutConfig(Section):
     """Completions per prompt (G)."""
     max_new_tokens: PositiveInt = 256
     temperature: PositiveFloat = 1.0
+    top_k: NonNegativeInt = 0
+    """Sample among so many likeliest tokens; 0 among all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample among the likeliest tokens whose probabilities reach this."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Sample among tokens of at least this share of the likeliest one's probability."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Above 1, tokens of the prompt and of the completion so far become less likely."""
     max_cache_tokens: PositiveInt = 262_144
-    """Tokens of key/value cache per rank; prompts wait until they fit."""
+    """Tokens of key/value cache per rank; completions wait until they fit."""
+    max_prefill_tokens: PositiveInt = 32_768
+    """Packed prompt tokens of one forward pass of the rollout; a single longer prompt gets one of its own."""
 
 
 class GrpoConfig(Section):

@@ -59,8 +59,7 @@ def evaluate(actor: Actor, judges: Judges, shards: ShardSet, cfg: Config, mesh: 
     for batch, damaged in _batches(shards, builder, total, cfg.evaluate.batch_prompts, mesh):
         sums["damaged"] += damaged
         prompts = [prompt for prompt, _ in batch]
-        greedy = actor.sampling(cfg.rollout.max_new_tokens, greedy=True)
-        for (prompt, sample), (answer,) in zip(batch, actor.engine.generate(prompts, 1, greedy), strict=True):
+        for (prompt, sample), (answer,) in zip(batch, actor.engine.generate(prompts, 1, actor.greedy()), strict=True):
             sums["samples"] += 1
             row = _row(prompt, sample, answer.text, judges, pictures)
             if row is None:
@@ -130,7 +129,7 @@ def _row(
 
 
 def _score_sampled(actor: Actor, judges: Judges, prompts: list[Prompt], cfg: Config, sums: dict[str, float]) -> None:
-    sampling = actor.sampling(cfg.rollout.max_new_tokens, cfg.rollout.temperature, seed=cfg.seed)
+    sampling = actor.sampling(cfg.seed)
     answers = actor.engine.generate(
         prompts, 1, sampling, lambda i, j, completion: judges.submit(i, j, prompts[i], completion)
     )

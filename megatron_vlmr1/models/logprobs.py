@@ -27,12 +27,12 @@ class Vocabulary:
         self.parallel = dist.get_world_size(group) > 1
         ids = torch.arange(self.start, self.start + rows)
         forbidden = torch.isin(ids, torch.tensor(sorted(banned), dtype=torch.int64)) | (ids >= size)
-        self.forbidden = forbidden.to(where) if bool(forbidden.any()) else None  # [rows]
+        self.forbidden = forbidden.nonzero()[:, 0].to(where)  # columns
 
     def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return this rank's fp32 logits [n, rows], -inf where a token is banned."""
         logits = (hidden @ weight.t()).float()
-        return logits if self.forbidden is None else logits.masked_fill_(self.forbidden, float("-inf"))
+        return logits.index_fill_(1, self.forbidden, float("-inf"))
 
     def log_normaliser(self, logits: torch.Tensor, *weighted: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return log sum exp over the whole vocabulary [n] and, beside it, the all-reduced sums of `weighted` [n]."""

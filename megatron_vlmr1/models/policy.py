@@ -27,6 +27,7 @@ class Policy:
         shape.check_layout(mesh.tp_size, mesh.pp_size)
         self.shape, self.mesh, self.freeze_vision = shape, mesh, freeze_vision
         self.model = VlmModel(shape, mesh, dtype)
+        self.chunks = [self.model]
         if freeze_vision and self.model.vision is not None:
             self.model.vision.requires_grad_(False)
         rows = padded_vocab(shape, mesh.tp_size) // mesh.tp_size
@@ -57,13 +58,13 @@ class Policy:
         """Drop image embeddings; required whenever the tower's weights change, and after each step."""
         self._features.clear()
 
-    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return this rank's fp32 logits [n, vocabulary / tp] of some rows of the last stage's hidden states."""
-        return self.vocabulary.logits(gather_hidden(self.model, hidden)[rows], self.model.output_weight())
+    def output_weight(self) -> torch.Tensor:
+        """Return this rank's rows of the output layer; last stage only."""
+        return self.chunks[-1].output_weight()
 
     def logprobs(
         self, hidden: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return log-probs [n] of `labels` predicted at `rows`, and entropies [n]; last stage only."""
         picked = gather_hidden(self.model, hidden).index_select(0, rows)
-        return token_logprobs(picked, self.model.output_weight(), labels, self.vocabulary)
+        return token_logprobs(picked, self.output_weight(), labels, self.vocabulary)

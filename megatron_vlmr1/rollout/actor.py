@@ -48,7 +48,8 @@ class Actor:
         self._data = cfg.data
         self.policy = Policy(shape, mesh, device.DTYPES[cfg.precision], banned, cfg.model.freeze_vision)
         self.load_weights(directory)
-        self.engine = Engine(self.policy, self.text, cfg.rollout.max_cache_tokens)
+        self._rollout = cfg.rollout
+        self.engine = Engine(self.policy, self.text, cfg.rollout.max_cache_tokens, cfg.rollout.max_prefill_tokens)
 
     def load_weights(self, directory: Path) -> None:
         """Fill the model from another directory of the same architecture.
@@ -70,9 +71,23 @@ class Actor:
             self._vision_tokens,
         )
 
-    def sampling(self, max_new_tokens: int, temperature: float = 1.0, greedy: bool = False, seed: int = 0) -> Sampling:
-        """Return sampling that stops where this checkpoint says."""
-        return Sampling(max_new_tokens, frozenset(self.stop_ids), temperature, greedy, seed)
+    def sampling(self, seed: int) -> Sampling:
+        """Return sampling as the config's `rollout` says, which stops where this checkpoint says."""
+        cfg = self._rollout
+        return Sampling(
+            max_new_tokens=cfg.max_new_tokens,
+            stop_ids=frozenset(self.stop_ids),
+            temperature=cfg.temperature,
+            seed=seed,
+            repetition_penalty=cfg.repetition_penalty,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            min_p=cfg.min_p,
+        )
+
+    def greedy(self) -> Sampling:
+        """Return sampling that always takes the likeliest token."""
+        return Sampling(self._rollout.max_new_tokens, frozenset(self.stop_ids), greedy=True)
 
     def text(self, token_ids: IntArray | Sequence[int]) -> str:
         """Decode a completion; special tokens are left out."""

@@ -52,7 +52,7 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
 def rollout(run: Run, prompts: Sequence[Prompt]) -> list[Group]:
     """Sample G completions of each prompt; each goes to the reward processes as it ends."""
     cfg = run.cfg.rollout
-    sampling = run.actor.sampling(cfg.max_new_tokens, cfg.temperature, seed=run.cfg.seed)
+    sampling = run.actor.sampling(run.cfg.seed)
     completions = run.actor.engine.generate(
         prompts, cfg.num_generations, sampling, lambda i, j, c: run.judges.submit(i, j, prompts[i], c)
     )

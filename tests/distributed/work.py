@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint import weights, writer
-from megatron_vlmr1.data.packing import PackedGroup, model_input, pack
+from megatron_vlmr1.data.packing import MicroBatch, PackedGroup, model_input, pack
 from megatron_vlmr1.grpo.reference import Reference
 from megatron_vlmr1.grpo.update import GrpoUpdate, Updater
 from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.models.policy import Policy
+from megatron_vlmr1.models.vlm import gather_hidden
 from megatron_vlmr1.parallel import optimizer as parallel_optimizer
+from megatron_vlmr1.parallel import schedule
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.rollout.sampling import Sampling
@@ -133,10 +135,19 @@ def logits(policy: Policy, prompts: Sequence[Prompt], target: Path) -> None:
     """Write the logits [T, vocabulary] of each prompt, all packed in one row; the last stage's first rank writes."""
     mesh = policy.mesh
     batch = pack([PackedGroup(p, (), ()) for p in prompts], policy.shape.image_token_id, mesh.tp_size)
-    hidden = engine(policy).hidden(model_input(batch, policy))
-    if hidden is None:
+    found: list[torch.Tensor] = []
+
+    def keep(hidden: torch.Tensor, _: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        found.append(policy.vocabulary.logits(gather_hidden(policy.model, hidden), policy.output_weight()))
+        return hidden.new_zeros(()), {}
+
+    def forward(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+        return model(model_input(batch, policy))
+
+    schedule.run(policy.model, [batch], forward, keep, mesh, forward_only=True)
+    if not found:
         return
-    local = policy.logits(hidden, torch.arange(len(batch.token_ids)))
+    (local,) = found
     parts = [torch.empty_like(local) for _ in range(mesh.tp_size)]
     dist.all_gather(parts, local, group=mesh.tp_group)
     if mesh.tp_rank == 0 and mesh.dp_rank == 0:

@@ -57,7 +57,9 @@ def vocabulary(root: Path, mesh: Mesh) -> None:
         logits = part.logits(hidden, weight)
         for name, sampling in samplings().items():
             random = None if sampling.greedy else given["random"]
-            out[f"{name}_tokens"], out[f"{name}_logprobs"] = choose(logits, part, sampling, random)
+            seen = given["seen"][:, mine]
+            for field, value in choose(logits, part, sampling, random, seen)._asdict().items():
+                out[f"{name}_{field}"] = value
     save_file(out, root / f"vocabulary_{mesh.tp_rank}.safetensors")
 
 
@@ -67,6 +69,10 @@ def samplings() -> dict[str, Sampling]:
         "greedy": Sampling(1, frozenset(), greedy=True),
         "drawn": Sampling(1, frozenset()),
         "cold": Sampling(1, frozenset(), temperature=0.5),
+        "filtered": Sampling(
+            1, frozenset(), temperature=1.5, repetition_penalty=1.3, top_k=100, top_p=0.8, min_p=0.005
+        ),
+        "penalised": Sampling(1, frozenset(), greedy=True, repetition_penalty=1.3),
     }
 
 

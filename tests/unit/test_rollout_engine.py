@@ -8,7 +8,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from megatron_vlmr1.rollout.sampling import Sampling
 from tests.checkpoints import banned_ids, mixed_prompts, plain_model, write_random_checkpoint
@@ -87,6 +93,44 @@ def test_greedy_completions_are_those_of_transformers_generate(policy, model, di
         assert completion.token_ids.tolist() == whole[len(prompt.token_ids) :].tolist()
 
 
+def test_a_repetition_penalty_is_that_of_transformers(policy, model, directory, prompts):
+    rows = work.engine(policy).generate(prompts, 1, Sampling(STEPS, work.STOPS, greedy=True, repetition_penalty=1.5))
+    assert ids(rows) != ids(work.engine(policy).generate(prompts, 1, Sampling(STEPS, work.STOPS, greedy=True)))
+    settings = GenerationConfig(
+        do_sample=False,
+        repetition_penalty=1.5,
+        max_new_tokens=STEPS,
+        suppress_tokens=banned_ids(directory),
+        eos_token_id=sorted(work.STOPS),
+        pad_token_id=0,
+    )
+    for prompt, (completion,) in zip(prompts, rows, strict=True):
+        whole = model.generate(**plain.inputs(model, prompt), generation_config=settings)[0]
+        assert completion.token_ids.tolist() == whole[len(prompt.token_ids) :].tolist()
+
+
+def test_both_log_probs_of_a_changed_distribution(policy, model, directory, prompts, record_property):
+    """At T=1 over all tokens, and of what was drawn from: here transformers' warpers on its own logits."""
+    settings = {"temperature": 1.4, "top_k": 40, "top_p": 0.9, "min_p": 0.01}
+    rows = work.engine(policy).generate(prompts, 2, replace(sampled(), **settings))
+    warpers = [TemperatureLogitsWarper(1.4), TopKLogitsWarper(40), TopPLogitsWarper(0.9), MinPLogitsWarper(0.01)]
+    gaps = [0.0, 0.0]
+    for prompt, row in zip(prompts, rows, strict=True):
+        for c in row:
+            with torch.no_grad():
+                table = plain.distributions(model, prompt, c.token_ids, banned_ids(directory))
+            warped = table
+            for warper in warpers:
+                warped = warper(None, warped)
+            at = torch.from_numpy(c.token_ids)[:, None]
+            for k, (logits, found) in enumerate(((table, c.logprobs), (warped, c.drawn_logprobs))):
+                expected = torch.log_softmax(logits, -1).gather(1, at)[:, 0]
+                gaps[k] = max(gaps[k], float((expected - torch.from_numpy(found)).abs().max()))
+    within(record_property, "log-probs at T=1", gaps[0], 1e-4)
+    within(record_property, "log-probs drawn from", gaps[1], 1e-4)
+    assert all(c.drawn_logprobs is None for (c,) in work.engine(policy).generate(prompts, 1, sampled()))
+
+
 def test_completions_do_not_depend_on_what_else_is_in_the_batch(policy, prompts):
     together = work.engine(policy).generate(prompts, 4, sampled())
     reversed_ = work.engine(policy).generate(prompts[::-1], 4, sampled())[::-1]
@@ -124,12 +168,13 @@ def test_waves_give_the_same_completions(policy, prompts):
 
 
 def test_a_prompt_that_does_not_fit_the_cache(policy, prompts):
-    need = max(len(prompt.token_ids) for prompt in prompts) + 4 * STEPS
+    need = max(len(prompt.token_ids) for prompt in prompts) + STEPS
+    work.engine(policy, need).generate(prompts, 4, sampled())
     with pytest.raises(ValueError, match=".") as caught:
         work.engine(policy, need - 1).generate(prompts, 4, sampled())
     line = str(caught.value)
     assert "\n" not in line
-    for word in (f"rollout.max_cache_tokens={need - 1}", "prompt 3", f"needs {need}", "4 completions of 12 tokens"):
+    for word in (f"rollout.max_cache_tokens={need - 1}", "prompt 3", f"needs {need}", "one completion of 12 tokens"):
         assert word in line
 
 
