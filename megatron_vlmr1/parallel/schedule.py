@@ -16,7 +16,7 @@ Result = dict[str, torch.Tensor]
 
 
 def run(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     batches: Sequence[Batch],
     forward: Callable[[torch.nn.Module, Batch], torch.Tensor],
     loss: Callable[[torch.Tensor, Batch], tuple[torch.Tensor, Result]],
@@ -26,9 +26,10 @@ def run(
     """Run micro-batches through all stages, forward and (unless `forward_only`) backward.
 
     Args:
-        model: the data-parallel wrapper, or the bare model for a forward pass.
-        batches: micro-batches, the same on all ranks that hold one copy of the model.
-        forward: this stage's part of the model.
+        chunks: this stage's data-parallel wrappers, or its bare chunks for a forward pass.
+        batches: micro-batches, the same on all ranks that hold one copy of the model; with several chunks a multiple
+            of the pipeline size.
+        forward: one chunk's part of the model.
         loss: last stage only; hidden states to a loss that is already divided by its global count, and results.
         mesh: the ranks.
         forward_only: no gradients.
@@ -49,8 +50,8 @@ def run(
     function = get_forward_backward_func()
     return function(
         forward_step_func=step,
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        model=list(chunks),
         num_microbatches=len(batches),
         seq_length=1,  # stages exchange the true shapes
         micro_batch_size=1,
@@ -59,15 +60,17 @@ def run(
 
 
 def receive_from_previous(shape: tuple[int, ...], dtype: torch.dtype, where: torch.device, mesh: Mesh) -> torch.Tensor:
-    """Receive one tensor from the previous pipeline stage."""
+    """Receive one tensor from the previous pipeline stage; the first stage's next chunks follow the last stage."""
     tensor = torch.empty(shape, dtype=dtype, device=where)
-    dist.recv(tensor, dist.get_global_rank(mesh.pp_group, mesh.pp_rank - 1), group=mesh.pp_group)
+    previous = (mesh.pp_rank - 1) % mesh.pp_size
+    dist.recv(tensor, dist.get_global_rank(mesh.pp_group, previous), group=mesh.pp_group)
     return tensor
 
 
 def send_to_next(tensor: torch.Tensor, mesh: Mesh) -> None:
-    """Send one tensor to the next pipeline stage."""
-    dist.send(tensor.contiguous(), dist.get_global_rank(mesh.pp_group, mesh.pp_rank + 1), group=mesh.pp_group)
+    """Send one tensor to the next pipeline stage; the last stage's go to the first stage's next chunk."""
+    following = (mesh.pp_rank + 1) % mesh.pp_size
+    dist.send(tensor.contiguous(), dist.get_global_rank(mesh.pp_group, following), group=mesh.pp_group)
 
 
 def broadcast_from_last(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:

@@ -39,7 +39,7 @@ class Actor:
         """
         self.directory = directory
         shape = read_shape(directory)
-        shape.check_layout(mesh.tp_size, mesh.pp_size)
+        shape.check_layout(mesh.layout)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(directory)
         self.stop_ids = stop_token_ids(directory, self.tokenizer)
         banned = banned_token_ids(directory, self.tokenizer).tolist()
@@ -56,7 +56,7 @@ class Actor:
         Raises:
             ValueError: it does not hold this model.
         """
-        weights.load(self.policy.model, weights.HfWeights(directory))
+        weights.load(self.policy.chunks, weights.HfWeights(directory))
         self.policy.forget_features()
 
     def prompt_builder(self, template: Callable[[str], str]) -> PromptBuilder:

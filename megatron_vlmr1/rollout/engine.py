@@ -72,16 +72,17 @@ class Engine:
 
     def hidden(self, inputs: ModelInput) -> torch.Tensor | None:
         """Run all stages; the last stage's hidden states, or None on the others."""
-        mesh, model = self.policy.mesh, self.policy.model
-        if not mesh.is_first_stage:
-            rows = inputs.token_ids.shape[0] // (mesh.tp_size if mesh.sequence_parallel else 1)
-            shape = (rows, 1, self.policy.shape.text.hidden_size)
-            model.set_input_tensor(receive_from_previous(shape, model.dtype, inputs.token_ids.device, mesh))
-        out = model(inputs)
-        model.set_input_tensor(None)
-        if mesh.is_last_stage:
-            return out
-        send_to_next(out, mesh)
+        mesh = self.policy.mesh
+        rows = inputs.token_ids.shape[0] // (mesh.tp_size if mesh.sequence_parallel else 1)
+        shape = (rows, 1, self.policy.shape.text.hidden_size)
+        for chunk in self.policy.chunks:
+            if not chunk.pre_process:
+                chunk.set_input_tensor(receive_from_previous(shape, chunk.dtype, inputs.token_ids.device, mesh))
+            out = chunk(inputs)
+            chunk.set_input_tensor(None)
+            if chunk.post_process:
+                return out
+            send_to_next(out, mesh)
         return None
 
 

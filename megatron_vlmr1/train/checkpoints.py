@@ -125,7 +125,7 @@ class Checkpoints:
         """Write all files; return what went wrong, or nothing. Ranks learn of each other's failure here."""
         problem = ""
         try:
-            writer.save(actor.policy.model, actor.directory, temporary / "hf")
+            writer.save(actor.policy.chunks, actor.directory, temporary / "hf")
             state.save(actor.policy, optimizer, progress, temporary / "state")
             dist.barrier()
             me = identity()

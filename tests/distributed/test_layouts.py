@@ -16,7 +16,6 @@ from tests.distributed.plain import within
 
 CHECKPOINTS = ("untied", "tied", "one_kv_head")
 LAYOUTS = ("one", *ranks.TWO_RANKS)
-REPLAYED = ("tp2", "pp2", "dp2")
 
 
 def metrics_of(path: Path) -> list[dict[str, float]]:
@@ -108,7 +107,9 @@ def test_same_completions(layout_results, layout, how, record_property):
     within(record_property, f"log-probs, {layout} {how}", gap, 1e-5)
 
 
-@pytest.mark.parametrize(("layout", "which"), [*((layout, "untied") for layout in REPLAYED), ("pp2", "tied")])
+@pytest.mark.parametrize(
+    ("layout", "which"), [*((layout, "untied") for layout in ranks.REPLAYED), ("pp2", "tied"), ("pp2_vp2", "tied")]
+)
 def test_ten_steps_on_a_replayed_rollout(layout_results, layout, which, record_property):
     start = plain.flat(plain.read(layout_results / which))
     alone = plain.flat(plain.read(layout_results / "one" / which))
@@ -133,7 +134,7 @@ def test_gradient_norm_is_that_of_transformers(layout_results, record_property):
         within(record_property, f"{which} frozen={frozen}", abs(found / norm - 1), 1e-5)
 
 
-@pytest.mark.parametrize("layout", REPLAYED)
+@pytest.mark.parametrize("layout", ranks.REPLAYED)
 def test_frozen_tower(layout_results, layout, record_property):
     start = plain.read(layout_results / "untied")
     alone = plain.read(layout_results / "one" / "untied_frozen")
@@ -144,7 +145,8 @@ def test_frozen_tower(layout_results, layout, record_property):
     within(record_property, layout, float(ratio), 1e-2)
 
 
-def test_both_stages_of_a_tied_model_keep_the_same_weight(layout_results):
-    second = load_file(layout_results / "pp2" / "tied_output_layer.safetensors")["weight"]
-    first = plain.read(layout_results / "pp2" / "tied")["model.embed_tokens.weight"]
+@pytest.mark.parametrize("layout", ["pp2", "pp2_vp2"])
+def test_both_stages_of_a_tied_model_keep_the_same_weight(layout_results, layout):
+    second = load_file(layout_results / layout / "tied_output_layer.safetensors")["weight"]
+    first = plain.read(layout_results / layout / "tied")["model.embed_tokens.weight"]
     assert torch.equal(first, second)
