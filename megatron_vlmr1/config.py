@@ -114,6 +114,54 @@ class ParallelConfig(Section):
         return self
 
 
+class RecomputeConfig(Section):
+    """Activations that backward computes again instead of keeping them: less memory, more time, the same numbers."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    """Of the language model. full: whole layers, of which only the input is kept; selective: parts of a layer."""
+    modules: list[Literal["core_attn", "mlp"]] | None = None
+    """The parts that selective computes again; core_attn when empty."""
+    method: Literal["uniform", "block"] | None = None
+    """With full. uniform (when empty): all layers, in units of num_layers; block: only the first num_layers layers of
+    each pipeline chunk, each a unit."""
+    num_layers: PositiveInt | None = None
+    """With full; 1 when empty."""
+    tower: bool = False
+    """Compute the vision tower's blocks again, each a unit; without effect on a frozen tower, which has no backward."""
+
+    @model_validator(mode="after")
+    def _options_of_the_granularity(self) -> RecomputeConfig:
+        given = {name for name in ("modules", "method", "num_layers") if getattr(self, name) is not None}
+        takes = {"none": set(), "selective": {"modules"}, "full": {"method", "num_layers"}}[self.granularity]
+        if given - takes:
+            raise ValueError(f"granularity={self.granularity} does not take {min(given - takes)}")
+        return self
+
+    def megatron_core(self) -> dict[str, Any]:
+        """Return the language model's part as megatron-core's own settings."""
+        if self.granularity == "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": list(self.modules or ["core_attn"])}
+        if self.granularity == "full":
+            method, num_layers = self.method or "uniform", self.num_layers or 1
+            return {
+                "recompute_granularity": "full",
+                "recompute_method": method,
+                "recompute_num_layers": num_layers,
+            }
+        return {}
+
+    def check(self, layers_by_chunk: Sequence[int]) -> None:
+        """Refuse units that do not divide a pipeline chunk.
+
+        Raises:
+            ValueError: names the chunk's layers.
+        """
+        unit = 1 if self.method == "block" else self.num_layers or 1
+        for layers in layers_by_chunk:
+            if layers % unit:
+                raise ValueError(f"recompute.num_layers={unit} does not divide the {layers} layers of a pipeline chunk")
+
+
 class OptimizerConfig(Section):
     """Adam with decoupled weight decay, through megatron-core's distributed optimizer."""
 
@@ -214,6 +262,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     rollout: RolloutConfig = RolloutConfig()
     grpo: GrpoConfig = GrpoConfig()

@@ -12,6 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_vlmr1.config import RecomputeConfig
 from megatron_vlmr1.models.attention import CoreAttention
 from megatron_vlmr1.models.shape import TextShape
 from megatron_vlmr1.parallel.mesh import Mesh
@@ -40,7 +41,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
 
 
-def transformer_config(text: TextShape, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    text: TextShape, mesh: Mesh, dtype: torch.dtype, recompute: RecomputeConfig
+) -> TransformerConfig:
     """Return megatron-core's configuration of the language model on this mesh."""
     interleaved = mesh.vp_size > 1
     return TransformerConfig(
@@ -81,6 +84,7 @@ def transformer_config(text: TextShape, mesh: Mesh, dtype: torch.dtype) -> Trans
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         deallocate_pipeline_outputs=False,
+        **recompute.megatron_core(),
     )
 
 

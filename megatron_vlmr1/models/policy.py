@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_vlmr1.config import RecomputeConfig
 from megatron_vlmr1.models.families.qwen2_5_vl import padded_vocab
 from megatron_vlmr1.models.logprobs import Vocabulary, token_logprobs
 from megatron_vlmr1.models.shape import VlmShape
@@ -21,12 +22,24 @@ class Policy:
     """A model on its mesh, what it may not say, and the image embeddings of the current step."""
 
     def __init__(
-        self, shape: VlmShape, mesh: Mesh, dtype: torch.dtype, banned: Sequence[int], freeze_vision: bool = False
+        self,
+        shape: VlmShape,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        banned: Sequence[int],
+        freeze_vision: bool = False,
+        recompute: RecomputeConfig | None = None,
     ) -> None:
-        """`banned` are token ids that can never be produced: vision and padding tokens."""
-        shape.check_layout(mesh.layout)
+        """Build the model without its weights.
+
+        `banned` are token ids that can never be produced: vision and padding tokens; `recompute` None keeps all
+        activations.
+
+        Raises:
+            ValueError: the model cannot be cut as the mesh's layout says.
+        """
         self.shape, self.mesh, self.freeze_vision = shape, mesh, freeze_vision
-        self.chunks = build_chunks(shape, mesh, dtype)
+        self.chunks = build_chunks(shape, mesh, dtype, recompute or RecomputeConfig())
         if freeze_vision and self.chunks[0].vision is not None:
             self.chunks[0].vision.requires_grad_(False)
         rows = padded_vocab(shape, mesh.tp_size) // mesh.tp_size

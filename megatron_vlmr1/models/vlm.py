@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_vlmr1.config import RecomputeConfig
 from megatron_vlmr1.models.attention import Attend, PackedAttention
 from megatron_vlmr1.models.families.qwen2_5_vl import padded_vocab
 from megatron_vlmr1.models.layers import block_spec, transformer_config
@@ -55,8 +56,10 @@ class VlmModel(MegatronModule):
     `vp_stage` + 1 of any.
     """
 
-    def __init__(self, shape: VlmShape, mesh: Mesh, dtype: torch.dtype, vp_stage: int) -> None:
-        config = transformer_config(shape.text, mesh, dtype)
+    def __init__(
+        self, shape: VlmShape, mesh: Mesh, dtype: torch.dtype, vp_stage: int, recompute: RecomputeConfig
+    ) -> None:
+        config = transformer_config(shape.text, mesh, dtype, recompute)
         super().__init__(config=config)
         self.shape, self.mesh, self.dtype = shape, mesh, dtype
         self.model_type = ModelType.encoder_or_decoder
@@ -64,7 +67,7 @@ class VlmModel(MegatronModule):
         self.pre_process = mesh.is_first_stage and vp_stage == 0
         self.post_process = mesh.is_last_stage and vp_stage == mesh.vp_size - 1
         self.share_embeddings_and_output_weights = shape.text.tied
-        self.vision = VisionTower(config, shape.vision, dtype) if self.pre_process else None
+        self.vision = VisionTower(config, shape.vision, dtype, recompute.tower) if self.pre_process else None
         self.language = _LanguageModel(
             config,
             block_spec(mesh.layout.layers_by_chunk(shape.text.num_layers)[vp_stage * mesh.pp_size + mesh.pp_rank]),
@@ -97,6 +100,8 @@ class VlmModel(MegatronModule):
 
     def forward(self, batch: ModelInput) -> torch.Tensor:
         """Return hidden states [T, 1, hidden] (T / tp rows under sequence parallelism)."""
+        if self.language.training != torch.is_grad_enabled():
+            self.language.train(torch.is_grad_enabled())  # megatron-core recomputes in training mode only
         embeddings = self._embed(batch) if self.pre_process else None
         return self.language(
             input_ids=None,
@@ -116,9 +121,15 @@ class VlmModel(MegatronModule):
         return scatter_to_sequence_parallel_region(x, group=self.mesh.tp_group) if self.mesh.sequence_parallel else x
 
 
-def build_chunks(shape: VlmShape, mesh: Mesh, dtype: torch.dtype) -> list[VlmModel]:
-    """Build this pipeline stage's chunks, in the order in which a token meets them. Weights are not loaded."""
-    return [VlmModel(shape, mesh, dtype, i) for i in range(mesh.vp_size)]
+def build_chunks(shape: VlmShape, mesh: Mesh, dtype: torch.dtype, recompute: RecomputeConfig) -> list[VlmModel]:
+    """Build this pipeline stage's chunks, in the order in which a token meets them. Weights are not loaded.
+
+    Raises:
+        ValueError: the model cannot be cut as the mesh's layout says.
+    """
+    shape.check_layout(mesh.layout)
+    recompute.check(mesh.layout.layers_by_chunk(shape.text.num_layers))
+    return [VlmModel(shape, mesh, dtype, i, recompute) for i in range(mesh.vp_size)]
 
 
 def _mark_parallel_parameters(module: torch.nn.Module) -> None:

@@ -47,6 +47,7 @@ def plan(cfg: Config, shape: VlmShape, world: int) -> list[StepPlan]:
     """
     tp, pp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
     shape.check_layout(cfg.parallel)
+    cfg.recompute.check(cfg.parallel.layers_by_chunk(shape.text.num_layers))
     if world < 1 or world % (tp * pp):
         raise ValueError(f"{world} ranks are not a multiple of tensor x pipeline = {tp * pp}")
     dp, item = world // (tp * pp), 2 if cfg.precision == "bf16" else 4

@@ -46,7 +46,7 @@ class Actor:
         self._processor = ImageProcessor.from_pretrained(directory, cfg.data.min_pixels, cfg.data.max_pixels)
         self._vision_tokens = VisionTokens.from_pretrained(directory)
         self._data = cfg.data
-        self.policy = Policy(shape, mesh, device.DTYPES[cfg.precision], banned, cfg.model.freeze_vision)
+        self.policy = Policy(shape, mesh, device.DTYPES[cfg.precision], banned, cfg.model.freeze_vision, cfg.recompute)
         self.load_weights(directory)
         self.engine = Engine(self.policy, self.text, cfg.rollout.max_cache_tokens)
 

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _FAILURES = 3  # failed saves in a row, before the run stops itself
 # What may differ when a run goes on: it does not change what a step computes.
-_FREE_SECTIONS = ("parallel.", "evaluate.", "data.evaluate.")
+_FREE_SECTIONS = ("parallel.", "recompute.", "evaluate.", "data.evaluate.")
 _FREE_KEYS = {
     "run_dir",
     "rollout.max_cache_tokens",

@@ -57,17 +57,24 @@ def load_policy(
     freeze_vision: bool = False,
     banned: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
+    recompute: config.RecomputeConfig | None = None,
 ) -> Policy:
     """Build the model of `directory`; `banned_ids` are its banned tokens unless others are given."""
     banned = banned_ids(directory) if banned is None else banned
-    policy = Policy(read_shape(directory), mesh, dtype, banned, freeze_vision)
+    policy = Policy(read_shape(directory), mesh, dtype, banned, freeze_vision, recompute)
     weights.load(policy.chunks, weights.HfWeights(directory))
     return policy
 
 
-def with_reference(directory: Path, reference: Path, mesh: Mesh, freeze_vision: bool = False) -> tuple[Policy, Any]:
+def with_reference(
+    directory: Path,
+    reference: Path,
+    mesh: Mesh,
+    freeze_vision: bool = False,
+    recompute: config.RecomputeConfig | None = None,
+) -> tuple[Policy, Any]:
     """Build the policy and a reference that differs from it."""
-    policy = load_policy(reference, mesh, freeze_vision)
+    policy = load_policy(reference, mesh, freeze_vision, recompute=recompute)
     remembered = Reference(policy)
     weights.load(policy.chunks, weights.HfWeights(directory))
     return policy, remembered
@@ -216,9 +223,16 @@ def all_checks(root: Path, name: str, mesh: Mesh) -> None:
         ten_steps(root, out / "tied", root / "tied", mesh, groups, frozen=False)
 
 
-def gradient_checks(root: Path, out: Path, which: str, mesh: Mesh, groups: list[Group]) -> None:
+def gradient_checks(
+    root: Path,
+    out: Path,
+    which: str,
+    mesh: Mesh,
+    groups: list[Group],
+    recompute: config.RecomputeConfig | None = None,
+) -> None:
     """Write the gradients of `groups` with small and with large micro-batches."""
-    policy, reference = with_reference(root / which, root / f"{which}_reference", mesh)
+    policy, reference = with_reference(root / which, root / f"{which}_reference", mesh, recompute=recompute)
     policy.wrap_for_training()
     for size in (SMALL, LARGE):
         metrics = still_update(policy, reference, size)(share(groups, mesh), 0.0)
