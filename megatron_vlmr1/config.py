@@ -65,10 +65,101 @@ class ParallelConfig(Section):
 
     tensor_model_parallel_size: PositiveInt = 1
     pipeline_model_parallel_size: PositiveInt = 1
+    virtual_pipeline_model_parallel_size: PositiveInt = 1
+    """Chunks of layers on each pipeline stage, which take turns (interleaved 1F1B); more of them, a smaller bubble."""
+    pipeline_layers: list[PositiveInt] | None = None
+    """Layers of each chunk in the order in which a token meets them: the first chunk of every stage, then the second
+    of every stage, and so on (pipeline x virtual numbers); equal shares when empty."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel group along the sequence."""
     timeout_s: PositiveInt = 600
     """A collective that takes longer ends the job."""
+
+    @property
+    def chunks(self) -> int:
+        """Number of pieces that the layers are cut into: pipeline x virtual."""
+        return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
+
+    def layers_by_chunk(self, num_layers: int) -> tuple[int, ...]:
+        """Return how many of a model's layers each chunk has; chunk c is on pipeline stage c mod the pipeline size.
+
+        Raises:
+            ValueError: the layers do not divide, or do not add up.
+        """
+        if self.pipeline_layers is None:
+            if num_layers % self.chunks:
+                virtual = self.virtual_pipeline_model_parallel_size
+                times = f" x virtual_pipeline_model_parallel_size={virtual}" if virtual > 1 else ""
+                raise ValueError(
+                    f"parallel.pipeline_model_parallel_size={self.pipeline_model_parallel_size}{times} does not divide "
+                    f"the model's {num_layers} layers; say in parallel.pipeline_layers how to cut them"
+                )
+            return (num_layers // self.chunks,) * self.chunks
+        if sum(self.pipeline_layers) != num_layers:
+            raise ValueError(
+                f"parallel.pipeline_layers={self.pipeline_layers} adds up to {sum(self.pipeline_layers)} layers, but "
+                f"the model has {num_layers}"
+            )
+        return tuple(self.pipeline_layers)
+
+    @model_validator(mode="after")
+    def _chunks_fit(self) -> ParallelConfig:
+        if self.virtual_pipeline_model_parallel_size > 1 and self.pipeline_model_parallel_size == 1:
+            raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
+        if self.pipeline_layers is not None and len(self.pipeline_layers) != self.chunks:
+            raise ValueError(
+                f"pipeline_layers has {len(self.pipeline_layers)} numbers; pipeline x virtual pipeline size is "
+                f"{self.chunks}"
+            )
+        return self
+
+
+class RecomputeConfig(Section):
+    """Activations that backward computes again instead of keeping them: less memory, more time, the same numbers."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    """Of the language model. full: whole layers, of which only the input is kept; selective: parts of a layer."""
+    modules: list[Literal["core_attn", "mlp"]] | None = None
+    """The parts that selective computes again; core_attn when empty."""
+    method: Literal["uniform", "block"] | None = None
+    """With full. uniform (when empty): all layers, in units of num_layers; block: only the first num_layers layers of
+    each pipeline chunk, each a unit."""
+    num_layers: PositiveInt | None = None
+    """With full; 1 when empty."""
+    tower: bool = False
+    """Compute the vision tower's blocks again, each a unit; without effect on a frozen tower, which has no backward."""
+
+    @model_validator(mode="after")
+    def _options_of_the_granularity(self) -> RecomputeConfig:
+        given = {name for name in ("modules", "method", "num_layers") if getattr(self, name) is not None}
+        takes = {"none": set(), "selective": {"modules"}, "full": {"method", "num_layers"}}[self.granularity]
+        if given - takes:
+            raise ValueError(f"granularity={self.granularity} does not take {min(given - takes)}")
+        return self
+
+    def megatron_core(self) -> dict[str, Any]:
+        """Return the language model's part as megatron-core's own settings."""
+        if self.granularity == "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": list(self.modules or ["core_attn"])}
+        if self.granularity == "full":
+            method, num_layers = self.method or "uniform", self.num_layers or 1
+            return {
+                "recompute_granularity": "full",
+                "recompute_method": method,
+                "recompute_num_layers": num_layers,
+            }
+        return {}
+
+    def check(self, layers_by_chunk: Sequence[int]) -> None:
+        """Refuse units that do not divide a pipeline chunk.
+
+        Raises:
+            ValueError: names the chunk's layers.
+        """
+        unit = 1 if self.method == "block" else self.num_layers or 1
+        for layers in layers_by_chunk:
+            if layers % unit:
+                raise ValueError(f"recompute.num_layers={unit} does not divide the {layers} layers of a pipeline chunk")
 
 
 class OptimizerConfig(Section):
@@ -181,6 +272,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     rollout: RolloutConfig = RolloutConfig()
     grpo: GrpoConfig = GrpoConfig()
@@ -237,7 +329,8 @@ def dump(config: Config) -> str:
 def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
     key = ".".join(str(part) for part in loc)
     if kind != "extra_forbidden":
-        return f"{key}: {message}" if key else message.removeprefix("Value error, ")
+        message = message.removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
     section: Any = Config
     for part in loc[:-1]:
         section = section.model_fields[str(part)].annotation

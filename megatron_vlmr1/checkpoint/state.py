@@ -77,7 +77,7 @@ def load(policy: Policy, optimizer: MegatronOptimizer, directory: Path) -> dict[
 
 
 def _sharded(policy: Policy, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
-    model = policy.model.sharded_state_dict()
+    model = {f"chunk_{i}": chunk.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
     return {"optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=SHARDING)}
 
 

@@ -49,6 +49,8 @@ class Updater:
         """Pack this rank's groups; at least one micro-batch, an empty one where there is no group."""
         mesh, train = self.policy.mesh, self.cfg.train
         parts = split_by_tokens(groups, train.micro_batch_tokens, train.micro_batches or mesh.pp_size) or [[]]
+        if mesh.vp_size > 1:  # the interleaved schedule goes round the stages in whole turns
+            parts += [[] for _ in range(-len(parts) % mesh.pp_size)]
         multiple = mesh.tp_size if mesh.sequence_parallel else 1
         return [pack(part, self.policy.shape.image_token_id, multiple) for part in parts]
 
@@ -62,7 +64,7 @@ class Updater:
             return values.new_zeros(()), {}
 
         with torch.no_grad():
-            self._run(self.policy.model, batches, collect, forward_only=True)
+            self._run(self.policy.chunks, batches, collect, forward_only=True)
         return table
 
     def step(self, batches: Sequence[MicroBatch], loss: Loss, lr: float) -> tuple[list[schedule.Result], Metrics]:
@@ -74,8 +76,9 @@ class Updater:
         Raises:
             RunStopped: gradients were not finite three times in a row (exit code 17).
         """
-        assert self.policy.ddp is not None
-        self.policy.ddp.zero_grad_buffer()
+        assert self.policy.ddp
+        for chunk in self.policy.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(self.policy.ddp, batches, loss)
         if not parallel_optimizer.gradients_finite(self.policy.ddp):
@@ -91,12 +94,12 @@ class Updater:
         return results, {"train/grad_norm": float(grad_norm or 0.0), "train/lr": lr, "train/skipped": 0.0}
 
     def _run(
-        self, model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Loss, forward_only: bool = False
+        self, chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch], loss: Loss, forward_only: bool = False
     ) -> list[schedule.Result]:
         def forward(chunk: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
             return chunk(model_input(batch, self.policy))
 
-        return schedule.run(model, batches, forward, loss, self.policy.mesh, forward_only)
+        return schedule.run(chunks, batches, forward, loss, self.policy.mesh, forward_only)
 
 
 def label_tensors(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:

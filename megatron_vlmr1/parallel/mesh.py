@@ -21,9 +21,11 @@ class Mesh:
     tp_size: int
     pp_rank: int
     pp_size: int
+    vp_size: int  # chunks of layers on each pipeline stage
     dp_rank: int
     dp_size: int
     sequence_parallel: bool
+    layout: ParallelConfig  # what this mesh was built from
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
@@ -35,12 +37,12 @@ class Mesh:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank embeds tokens and images."""
+        """Whether this rank embeds tokens and images, in its first chunk."""
         return self.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank computes log-probs and losses."""
+        """Whether this rank computes log-probs and losses, after its last chunk."""
         return self.pp_rank == self.pp_size - 1
 
     @property
@@ -59,6 +61,7 @@ class Mesh:
             "world": self.world,
             "tensor_model_parallel_size": self.tp_size,
             "pipeline_model_parallel_size": self.pp_size,
+            "virtual_pipeline_model_parallel_size": self.vp_size,
             "data_parallel_size": self.dp_size,
             "sequence_parallel": self.sequence_parallel,
         }
@@ -71,6 +74,7 @@ def build(cfg: ParallelConfig) -> Mesh:
         ValueError: the world is not a multiple of tensor x pipeline.
     """
     tp, pp, world = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, dist.get_world_size()
+    vp = cfg.virtual_pipeline_model_parallel_size
     if world % (tp * pp):
         raise ValueError(
             f"{world} ranks cannot hold parallel.tensor_model_parallel_size={tp} x "
@@ -79,6 +83,7 @@ def build(cfg: ParallelConfig) -> Mesh:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
         distributed_timeout_minutes=-(-cfg.timeout_s // 60),
     )
     return Mesh(
@@ -88,9 +93,11 @@ def build(cfg: ParallelConfig) -> Mesh:
         tp_size=tp,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=pp,
+        vp_size=vp,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         sequence_parallel=cfg.sequence_parallel,
+        layout=cfg,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
-from megatron_vlmr1.config import Config
+from megatron_vlmr1.config import Config, ParallelConfig
 from megatron_vlmr1.models.families import qwen2_5_vl
 from megatron_vlmr1.models.families.qwen2_5_vl import Piece
 from megatron_vlmr1.models.shape import VlmShape
@@ -45,7 +46,8 @@ def plan(cfg: Config, shape: VlmShape, world: int) -> list[StepPlan]:
         ValueError: the ranks or the layout do not fit.
     """
     tp, pp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
-    shape.check_layout(tp, pp)
+    shape.check_layout(cfg.parallel)
+    cfg.recompute.check(cfg.parallel.layers_by_chunk(shape.text.num_layers))
     if world < 1 or world % (tp * pp):
         raise ValueError(f"{world} ranks are not a multiple of tensor x pipeline = {tp * pp}")
     dp, item = world // (tp * pp), 2 if cfg.precision == "bf16" else 4
@@ -59,7 +61,8 @@ def plan(cfg: Config, shape: VlmShape, world: int) -> list[StepPlan]:
     passes = 3 + grpo * (1 + (cfg.grpo.beta > 0) + (cfg.grpo.num_iterations > 1)) + 3 * (cfg.grpo.num_iterations - 1)
     out = []
     for stage in range(pp):
-        parameters = _parameters(shape, tp, pp, stage)
+        layers = _layers_on_stage(cfg.parallel, text.num_layers, stage)
+        parameters = _parameters(shape, tp, pp, stage, layers)
         fixed = _vision_parameters(shape) if cfg.model.freeze_vision and stage == 0 else 0
         kv_heads = max(1, text.num_kv_heads // tp)
         out.append(
@@ -70,13 +73,7 @@ def plan(cfg: Config, shape: VlmShape, world: int) -> list[StepPlan]:
                 gradients_bytes=(parameters - fixed) * 4,
                 optimizer_bytes=-(-(parameters - fixed) * (8 + 4 * (item == 2)) // dp),
                 reference_bytes=parameters * item if grpo and cfg.grpo.beta > 0 else 0,
-                kv_cache_bytes=cfg.rollout.max_cache_tokens
-                * text.num_layers
-                // pp
-                * 2
-                * kv_heads
-                * text.head_dim
-                * item,
+                kv_cache_bytes=cfg.rollout.max_cache_tokens * len(layers) * 2 * kv_heads * text.head_dim * item,
                 step_tokens=tokens,
                 step_flops=float(passes * forward),
             )
@@ -93,7 +90,9 @@ def lines(cfg: Config, shape: VlmShape, world: int) -> Iterator[str]:
     tp, pp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
     stages = plan(cfg, shape, world)
     first = stages[0]
-    yield f"{world} ranks: tensor {tp} x pipeline {pp} x data {world // (tp * pp)}"
+    vp = cfg.parallel.virtual_pipeline_model_parallel_size
+    virtual = f" (in {vp} virtual stages)" if vp > 1 else ""
+    yield f"{world} ranks: tensor {tp} x pipeline {pp}{virtual} x data {world // (tp * pp)}"
     yield f"a step: at most {first.step_tokens:,} language tokens in the update, {first.step_flops / 1e12:,.3g} TFLOP"
     for s in stages:
         yield (
@@ -108,14 +107,21 @@ def _mb(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def _parameters(shape: VlmShape, tp: int, pp: int, stage: int) -> int:
+def _layers_on_stage(layout: ParallelConfig, num_layers: int, stage: int) -> list[int]:
+    """Numbers of the layers in all chunks of a pipeline stage."""
+    sizes = layout.layers_by_chunk(num_layers)
+    ends = list(accumulate(sizes))
+    mine = range(stage, len(sizes), layout.pipeline_model_parallel_size)
+    return [layer for chunk in mine for layer in range(ends[chunk] - sizes[chunk], ends[chunk])]
+
+
+def _parameters(shape: VlmShape, tp: int, pp: int, stage: int, layers: list[int]) -> int:
     """Parameters of one rank, from the same pieces that the checkpoint reader uses."""
     sizes = qwen2_5_vl.tensor_shapes(shape)
     names: list[tuple[str, int | None]] = []
-    per_stage = shape.text.num_layers // pp
     if stage == 0:
         names.append(("embedding.word_embeddings.weight", None))
-    names += [(name, i) for i in range(stage * per_stage, (stage + 1) * per_stage) for name in _LAYER]
+    names += [(name, i) for i in layers for name in _LAYER]
     if stage == pp - 1:
         names.append(("decoder.final_layernorm.weight", None))
         if not shape.text.tied or pp > 1:

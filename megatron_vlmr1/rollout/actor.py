@@ -39,14 +39,14 @@ class Actor:
         """
         self.directory = directory
         shape = read_shape(directory)
-        shape.check_layout(mesh.tp_size, mesh.pp_size)
+        shape.check_layout(mesh.layout)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(directory)
         self.stop_ids = stop_token_ids(directory, self.tokenizer)
         banned = banned_token_ids(directory, self.tokenizer).tolist()
         self._processor = ImageProcessor.from_pretrained(directory, cfg.data.min_pixels, cfg.data.max_pixels)
         self._vision_tokens = VisionTokens.from_pretrained(directory)
         self._data = cfg.data
-        self.policy = Policy(shape, mesh, device.DTYPES[cfg.precision], banned, cfg.model.freeze_vision)
+        self.policy = Policy(shape, mesh, device.DTYPES[cfg.precision], banned, cfg.model.freeze_vision, cfg.recompute)
         self.load_weights(directory)
         self._rollout = cfg.rollout
         self.engine = Engine(self.policy, self.text, cfg.rollout.max_cache_tokens, cfg.rollout.max_prefill_tokens)
@@ -57,7 +57,7 @@ class Actor:
         Raises:
             ValueError: it does not hold this model.
         """
-        weights.load(self.policy.model, weights.HfWeights(directory))
+        weights.load(self.policy.chunks, weights.HfWeights(directory))
         self.policy.forget_features()
 
     def prompt_builder(self, template: Callable[[str], str]) -> PromptBuilder:

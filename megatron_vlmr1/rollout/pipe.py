@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from megatron_vlmr1.data.packing import PackedGroup, pack
 from megatron_vlmr1.models.attention import AttentionPlan
+from megatron_vlmr1.parallel import schedule
 from megatron_vlmr1.rollout.forward import Forward, FusedAttend, Rotation
 from megatron_vlmr1.rollout.kv_cache import Decode, KvCache, Prefill
 from megatron_vlmr1.rollout.lane import Lane
@@ -41,7 +41,7 @@ class Pipe:
         self._jobs: list[_Job] = []
         self._open = False  # a tick has begun and its tokens are not taken yet
         self._chosen: torch.Tensor | None = None  # [3, n] float64 on the host: tokens and log-probs; last stage only
-        self._sends: list[tuple[dist.Work | None, torch.Tensor]] = []
+        self._sends: list[schedule.Sending] = []
         self._prompt_ends: dict[int, torch.Tensor] = {}  # last hidden states of prompts in the cache; last stage only
 
     def work(self, chunk: int) -> None:
@@ -62,7 +62,7 @@ class Pipe:
             if last:
                 ends.append(x if job.ends is None else x[job.ends])
             else:
-                self._send_on(x)
+                self._sends.append(schedule.send_to_next(x, self.forward.mesh))
         if last:
             self._sample(self._wanted(ends))
 
@@ -73,11 +73,9 @@ class Pipe:
         mesh = self.forward.mesh
         table = self._chosen
         if table is None:
-            table = torch.empty(3, self.lane.n, dtype=torch.float64)
-            dist.recv(table, dist.get_global_rank(mesh.pp_group, mesh.pp_size - 1), group=mesh.pp_group)
-        for work, _ in self._sends:
-            if work is not None:
-                work.wait()
+            table = schedule.receive_from_last((3, self.lane.n), torch.float64, mesh)
+        for sending in self._sends:
+            sending.wait()
         self._open, self._chosen, self._sends = False, None, []
         values = table.numpy()
         self.lane.take(values[0].astype(np.int64), values[1:].astype(np.float32), self.cache)
@@ -116,14 +114,7 @@ class Pipe:
                 x = forward.embed_images(x, job.images, job.image_order, job.image_rows)
             return x
         size = (len(job.token_ids), forward.text.hidden_size)
-        x = torch.empty(size, dtype=forward.policy.chunks[0].dtype, device=device.device())
-        dist.recv(x, dist.get_global_rank(mesh.pp_group, (mesh.pp_rank - 1) % mesh.pp_size), group=mesh.pp_group)
-        return x
-
-    def _send_on(self, x: torch.Tensor) -> None:
-        mesh = self.forward.mesh
-        to = dist.get_global_rank(mesh.pp_group, (mesh.pp_rank + 1) % mesh.pp_size)
-        self._sends.append((dist.isend(x.contiguous(), to, group=mesh.pp_group), x))
+        return schedule.receive_from_previous(size, forward.policy.chunks[0].dtype, device.device(), mesh)
 
     def _wanted(self, ends: list[torch.Tensor]) -> torch.Tensor:
         """Return the hidden states [n, hidden] that all rows' tokens are sampled from."""
@@ -146,10 +137,7 @@ class Pipe:
             seen = _seen(self.lane.history(), policy.vocabulary.start, logits)
         choice: Choice = choose(logits, policy.vocabulary, sampling, random, seen)
         self._chosen = torch.stack([part.double() for part in choice]).cpu()  # token ids are exact in float64
-        mesh = self.forward.mesh
-        for stage in range(mesh.pp_size - 1):
-            to = dist.get_global_rank(mesh.pp_group, stage)
-            self._sends.append((dist.isend(self._chosen, to, group=mesh.pp_group), self._chosen))
+        self._sends += schedule.send_to_others(self._chosen, self.forward.mesh)
 
 
 def _seen(history: list[IntArray], start: int, logits: torch.Tensor) -> torch.Tensor:

@@ -18,9 +18,9 @@ def check_inputs(cfg: Config) -> None:
     tasks.get(cfg.task)
     for name in cfg.rewards.weights:
         functions.get(name)
-    parallel = cfg.parallel
     shape = read_shape(hf_directory(cfg.model.path, check=False))
-    shape.check_layout(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    shape.check_layout(cfg.parallel)
+    cfg.recompute.check(cfg.parallel.layers_by_chunk(shape.text.num_layers))
     if cfg.model.reference_path is not None:
         read_shape(hf_directory(cfg.model.reference_path, check=False))
     for path in (cfg.data.train, *cfg.data.evaluate.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from megatron_vlmr1.checkpoint.weights import HfWeights, published_name
 from megatron_vlmr1.types import Group, IntArray, Prompt
+from tests.checkpoints import banned_ids, plain_model
 
 Tensors = dict[str, torch.Tensor]
 
@@ -92,6 +94,17 @@ def gradients(model: Any, loss: torch.Tensor) -> Tensors:
     model.zero_grad()
     loss.backward()
     return {published_name(name): p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@cache
+def replayed_step(root: Path, which: str) -> tuple[Tensors, float, float]:
+    """Gradients, loss and KL of transformers' model and plain autograd, sequence by sequence, on a saved rollout."""
+    from tests.distributed import work
+
+    model, reference = plain_model(root / which), plain_model(root / f"{which}_reference")
+    groups = work.replayed_groups(root / "untied", root / "one" / "sampled_0.json")
+    loss, kl = grpo_loss(model, reference, groups, banned_ids(root / which), beta=0.04)
+    return gradients(model, loss), float(loss), float(kl)
 
 
 def read(directory: Path) -> Tensors:

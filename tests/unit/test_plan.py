@@ -8,7 +8,7 @@ from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint.locate import hf_directory
 from megatron_vlmr1.cli.main import main
 from megatron_vlmr1.models.families import read_shape
-from megatron_vlmr1.plan.step import lines, plan
+from megatron_vlmr1.plan.step import StepPlan, lines, plan
 
 
 def settings(tp: int = 1, pp: int = 1, **sections: object) -> config.Config:
@@ -44,6 +44,36 @@ def test_layouts_share_out() -> None:
     bf16 = plan(settings(precision="bf16", grpo={"beta": 0.0}, model={"path": "-", "freeze_vision": True}), shape, 1)[0]
     assert bf16.weights_bytes == 2 * bf16.parameters and bf16.reference_bytes == 0
     assert bf16.optimizer_bytes == 3 * bf16.gradients_bytes < 12 * bf16.parameters
+
+
+def test_uneven_and_virtual_stages() -> None:
+    """Where each layer lies is worked out by hand for four layers on two stages."""
+    shape = read_shape(hf_directory("asset:tiny_vlm"))
+
+    def stages(**parallel: object) -> list[StepPlan]:
+        layout = {"pipeline_model_parallel_size": 2, **parallel}
+        return plan(settings(pp=2).model_copy(update={"parallel": config.ParallelConfig(**layout)}), shape, 2)
+
+    even, uneven = stages(), stages(pipeline_layers=[1, 3])
+    virtual = stages(virtual_pipeline_model_parallel_size=2)
+    t = shape.text
+    qkv = (t.num_heads + 2 * t.num_kv_heads) * t.head_dim
+    layer = 2 * t.hidden_size + (t.hidden_size + 1) * qkv + t.hidden_size * t.num_heads * t.head_dim
+    layer += 3 * t.hidden_size * t.ffn_hidden_size
+    assert [s.parameters for s in uneven] == [even[0].parameters - layer, even[1].parameters + layer]
+    assert [s.kv_cache_bytes for s in uneven] == [even[0].kv_cache_bytes // 2, even[0].kv_cache_bytes // 2 * 3]
+    assert [s.parameters for s in virtual] == [s.parameters for s in even]
+    shifted = stages(virtual_pipeline_model_parallel_size=2, pipeline_layers=[1, 1, 1, 1])
+    assert shifted == virtual
+    cfg = config.parse(
+        {
+            "model": {"path": "-"},
+            "data": {"train": "-"},
+            "parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        },
+        "test",
+    )
+    assert next(lines(cfg, shape, 4)) == "4 ranks: tensor 1 x pipeline 2 (in 2 virtual stages) x data 2"
 
 
 def test_work_grows_with_passes() -> None:
