@@ -194,6 +194,10 @@ class RolloutConfig(Section):
     """Sample among tokens of at least this share of the likeliest one's probability."""
     repetition_penalty: PositiveFloat = 1.0
     """Above 1, tokens of the prompt and of the completion so far become less likely."""
+    tensor_model_parallel_size: PositiveInt | None = None
+    """With this or the next one set, generation runs on a copy of the weights in this layout: 1 x 1 where one is empty.
+    The training layout's own ranks hold it, so tensor x pipeline must divide theirs; the rest share out the prompts."""
+    pipeline_model_parallel_size: PositiveInt | None = None
     max_cache_tokens: PositiveInt = 262_144
     """Tokens of key/value cache per rank; completions wait until they fit."""
     max_prefill_tokens: PositiveInt = 32_768
@@ -287,6 +291,18 @@ class Config(Section):
         if self.parallel.sequence_parallel and self.parallel.tensor_model_parallel_size == 1:
             raise ValueError("parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1")
         return self
+
+
+def decoding_layout(cfg: Config) -> ParallelConfig | None:
+    """Return the layout that generates, where it is not the training layout."""
+    tensor, pipeline = cfg.rollout.tensor_model_parallel_size, cfg.rollout.pipeline_model_parallel_size
+    if tensor is None and pipeline is None:
+        return None
+    return ParallelConfig(
+        tensor_model_parallel_size=tensor or 1,
+        pipeline_model_parallel_size=pipeline or 1,
+        timeout_s=cfg.parallel.timeout_s,
+    )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

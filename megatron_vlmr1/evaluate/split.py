@@ -74,7 +74,7 @@ def evaluate(actor: Actor, judges: Judges, shards: ShardSet, cfg: Config, mesh: 
         logger.info("evaluated about %d of %d samples", min(total, int(sums["samples"]) * mesh.dp_size), total)
         if cfg.evaluate.sampled:
             _score_sampled(actor, judges, prompts, cfg, sums)
-        actor.policy.forget_features()  # or a whole split's embeddings would stay
+        actor.engine.policy.forget_features()  # or a whole split's embeddings would stay
     sums = reduce.sums(sums, mesh.is_model_leader)
     answered = sums["samples"] - sums["failed"]
     if not answered:

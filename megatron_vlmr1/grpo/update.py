@@ -89,8 +89,7 @@ class Updater:
         self.bad_steps = 0
         parallel_optimizer.set_learning_rate(self.optimizer, lr)
         _, grad_norm, _ = self.optimizer.step()
-        if not self.policy.freeze_vision:
-            self.policy.forget_features()
+        self.policy.weights_changed(tower=not self.policy.freeze_vision)
         return results, {"train/grad_norm": float(grad_norm or 0.0), "train/lr": lr, "train/skipped": 0.0}
 
     def _run(

@@ -45,6 +45,7 @@ class Policy:
         rows = padded_vocab(shape, mesh.tp_size) // mesh.tp_size
         self.vocabulary = Vocabulary(rows, shape.text.vocab_size, banned, mesh.tp_group, device.device())
         self.ddp: list[DistributedDataParallel] = []
+        self.version = 0  # of the weights
         self._features: dict[bytes, torch.Tensor] = {}
 
     @property
@@ -77,8 +78,14 @@ class Policy:
             self._features.update(zip(new, rows, strict=True))
         return tuple(self._features[image.digest] for image in images)
 
+    def weights_changed(self, tower: bool) -> None:
+        """Say that the weights are others than before, those of the tower among them or not."""
+        self.version += 1
+        if tower:
+            self.forget_features()
+
     def forget_features(self) -> None:
-        """Drop image embeddings; required whenever the tower's weights change, and after each step."""
+        """Drop image embeddings; to be called after each step."""
         self._features.clear()
 
     def output_weight(self) -> torch.Tensor:

@@ -8,13 +8,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_vlmr1.checkpoint import weights
-from megatron_vlmr1.config import Config
+from megatron_vlmr1.config import Config, decoding_layout
 from megatron_vlmr1.data.images import ImageProcessor
 from megatron_vlmr1.data.prompts import PromptBuilder
 from megatron_vlmr1.data.tokens import VisionTokens, banned_token_ids, load_tokenizer, stop_token_ids
 from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.rollout.decoding_copy import CopyEngine
 from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.rollout.sampling import Sampling
 from megatron_vlmr1.runtime import device
@@ -49,7 +50,13 @@ class Actor:
         self.policy = Policy(shape, mesh, device.DTYPES[cfg.precision], banned, cfg.model.freeze_vision, cfg.recompute)
         self.load_weights(directory)
         self._rollout = cfg.rollout
-        self.engine = Engine(self.policy, self.text, cfg.rollout.max_cache_tokens, cfg.rollout.max_prefill_tokens)
+        limits = cfg.rollout.max_cache_tokens, cfg.rollout.max_prefill_tokens
+        layout = decoding_layout(cfg)
+        self.engine = (
+            Engine(self.policy, self.text, *limits)
+            if layout is None
+            else CopyEngine(self.policy, layout, banned, self.text, *limits)
+        )
 
     def load_weights(self, directory: Path) -> None:
         """Fill the model from another directory of the same architecture.
@@ -58,7 +65,7 @@ class Actor:
             ValueError: it does not hold this model.
         """
         weights.load(self.policy.chunks, weights.HfWeights(directory))
-        self.policy.forget_features()
+        self.policy.weights_changed(tower=True)
 
     def prompt_builder(self, template: Callable[[str], str]) -> PromptBuilder:
         """Return a builder of prompts in which `template` surrounds the question."""

@@ -44,6 +44,14 @@ class Engine:
         self.max_cache_tokens, self.max_prefill_tokens = max_cache_tokens, max_prefill_tokens
         self.cache_bytes = 0
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank is the one to tell others of what its ranks generate together."""
+        return self.policy.mesh.is_model_leader
+
+    def release(self) -> None:
+        """Give back what is needed between rollout and update only: nothing where the training weights generate."""
+
     @torch.no_grad()
     def generate(
         self,

@@ -36,6 +36,7 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
                 prompts = [prompt for prompt, _ in run.feed.next(cfg.train.prompts_per_step)]
             with run.timers("rollout"):
                 groups = rollout(run, prompts)
+                run.actor.engine.release()
             with run.timers("reward_exposed"):
                 groups = with_advantages(run.judges.collect(groups))
             metrics = score_metrics(groups, run)

@@ -70,7 +70,8 @@ class Run:
         self.updater.bad_steps = int(progress.get("bad_steps", 0))
         self.feed = self._feed(int(progress.get("consumed_samples", 0)))
         self.feed.skipped = int(progress.get("skipped", 0))
-        self.judges = stack.enter_context(judges(cfg.rewards, cfg.task, mesh, self.log_dir, cfg.parallel.timeout_s))
+        asks, timeout_s = self.actor.engine.speaks, cfg.parallel.timeout_s
+        self.judges = stack.enter_context(judges(cfg.rewards, cfg.task, mesh, asks, self.log_dir, timeout_s))
         self.timers = PhaseTimers(torch.cuda.synchronize if torch.cuda.is_available() else None)
         self.metrics = MetricsWriter(self.run_dir) if mesh.rank == 0 else None
         if self.metrics is not None:

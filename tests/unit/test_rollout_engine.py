@@ -16,6 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from megatron_vlmr1.models import vision
+from megatron_vlmr1.rollout.engine import Engine
+from megatron_vlmr1.rollout.forward import Forward
 from megatron_vlmr1.rollout.sampling import Sampling
 from tests.checkpoints import banned_ids, mixed_prompts, plain_model, write_random_checkpoint
 from tests.distributed import plain, ranks, work
@@ -234,3 +237,74 @@ def test_banned_tokens_are_never_sampled(mesh, directory, prompts):
     rows = work.engine(policy).generate(prompts, 8, Sampling(STEPS, frozenset(), seed=1))
     tokens = {t for row in ids(rows) for c in row for t in c}
     assert len(tokens) > 50 and all(t % 3 == 0 for t in tokens)
+
+
+def test_a_cache_for_a_quarter_of_the_completions(policy, prompts):
+    """A quarter of the completions fit at once: the rest waits, the budget holds, and the completions are the same."""
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    budget = 3 * longest + 12 * STEPS  # of 48 completions of 6 prompts
+    expected = work.engine(policy).generate(prompts, 8, sampled())
+    engine = work.engine(policy, budget)
+    assert ids(engine.generate(prompts, 8, sampled())) == ids(expected)
+    text = policy.shape.text
+    keys_and_values = 2 * text.num_layers * text.num_kv_heads * text.head_dim * 4
+    masks = 4 * 12 * (longest + STEPS)
+    assert engine.cache_bytes <= budget * keys_and_values + masks
+    whole = work.engine(policy)
+    whole.generate(prompts, 8, sampled())
+    assert whole.cache_bytes > 2 * engine.cache_bytes
+
+
+def test_a_place_is_taken_as_soon_as_it_is_free(policy, prompts):
+    """Two at a time: while the first, a long one, goes on, all the short ones pass through the other place."""
+    told: list[int] = []
+    limits = [[STEPS], [1], [2], [1], [2], [1]]
+    budget = 3 * max(len(prompt.token_ids) for prompt in prompts) + 2 * STEPS
+    rows = work.engine(policy, budget).generate(
+        prompts, 1, sampled(stops=frozenset()), lambda i, j, c: told.append(i), limits
+    )
+    assert [len(row[0].token_ids) for row in rows] == [STEPS, 1, 2, 1, 2, 1]
+    assert told == [1, 2, 3, 4, 5, 0]
+
+
+@pytest.mark.parametrize("budget", [200, 10_000])
+def test_limits_end_completions_and_change_nothing_else(policy, prompts, budget):
+    limits = [[1 + (5 * i + 3 * j) % STEPS for j in range(4)] for i in range(len(prompts))]
+    whole = work.engine(policy).generate(prompts, 4, sampled(stops=frozenset()))
+    found = work.engine(policy, budget).generate(prompts, 4, sampled(stops=frozenset()), limits=limits)
+    assert ids(found) == [
+        [c[:n] for c, n in zip(row, most, strict=True)] for row, most in zip(ids(whole), limits, strict=True)
+    ]
+    assert {c.finish_reason for row in found for c in row} == {"length"}
+
+
+def test_prompts_enter_within_the_prefill_budget(policy, prompts, monkeypatch):
+    """No forward pass over prompts is longer than allowed, but for one longer prompt alone."""
+    sizes: list[int] = []
+    run = Forward.run
+    monkeypatch.setattr(
+        Forward, "run", lambda self, chunk, x, *rest: (sizes.append(len(x)), run(self, chunk, x, *rest))[1]
+    )
+    lengths = [len(prompt.token_ids) for prompt in prompts]
+    engine = Engine(policy, str, 10_000, max_prefill_tokens=60)
+    found = engine.generate(prompts, 4, sampled())
+    longest = max(lengths)
+    assert longest > 60 and max(sizes) == longest and all(size <= 60 for size in sizes if size != longest)
+    assert ids(found) == ids(work.engine(policy).generate(prompts, 4, sampled()))
+
+
+def test_each_image_goes_through_the_tower_once_and_each_prompt_once(policy, prompts, monkeypatch):
+    seen: list[int] = []
+    encode = vision.VisionTower.forward
+    monkeypatch.setattr(
+        vision.VisionTower, "forward", lambda self, x, grids: (seen.append(len(grids)), encode(self, x, grids))[1]
+    )
+    fed: list[int] = []
+    embed = Forward.embed
+    monkeypatch.setattr(Forward, "embed", lambda self, ids: (fed.append(len(ids)), embed(self, ids))[1])
+    policy.forget_features()
+    rows = work.engine(policy).generate(prompts, 4, sampled())
+    policy.forget_features()
+    assert sum(seen) == len({image.digest for prompt in prompts for image in prompt.images})
+    completions = sum(len(c.token_ids) - 1 for row in rows for c in row)
+    assert sum(fed) == sum(len(prompt.token_ids) for prompt in prompts) + completions
