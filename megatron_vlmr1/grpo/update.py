@@ -13,7 +13,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_vlmr1.config import Config
 from megatron_vlmr1.data.packing import MicroBatch, PackedGroup, model_input, pack, split_by_tokens
 from megatron_vlmr1.errors import STOPPED, RunStopped
-from megatron_vlmr1.grpo.losses import clipped_surrogate, k3
+from megatron_vlmr1.grpo.algorithms import ALGORITHMS
+from megatron_vlmr1.grpo.losses import Counts, Tokens, k3, mean_of_means, truncated_importance
 from megatron_vlmr1.grpo.reference import Reference
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.parallel import optimizer as parallel_optimizer
@@ -35,7 +36,7 @@ class _Tables:
     rollout_logprobs: torch.Tensor  # [n, L]
     old_logprobs: torch.Tensor | None  # [n, L]
     reference_logprobs: torch.Tensor | None  # [n, L]
-    total: int  # completions of the step, over all data-parallel ranks
+    counts: Counts
 
 
 class Updater:
@@ -112,33 +113,46 @@ def _cells(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(batch.label_slots).to(where), torch.from_numpy(batch.label_index).to(where)
 
 
-_SUMS = ("loss", "kl", "clipped", "entropy", "tokens")
+_SUMS = ("loss", "kl", "clipped", "capped", "entropy", "tokens")
 _MAXIMA = ("ratio_max", "gap")
 
 
 class GrpoUpdate:
-    """Optimizer steps on groups with advantages, as VLM-R1 publishes them: mean per sequence, then over the batch."""
+    """Optimizer steps on groups with advantages, by the loss and the average of `grpo.algorithm`.
+
+    Everything is divided by counts over all data-parallel ranks, so the gradient depends neither on how the batch is
+    cut into micro-batches nor on which rank has which groups.
+    """
 
     def __init__(self, updater: Updater, reference: Reference | None, timers: PhaseTimers | None = None) -> None:
         self.updater, self.reference = updater, reference
         self.timers = timers or PhaseTimers()
         self.cfg = updater.cfg.grpo
+        self.algorithm = ALGORITHMS[self.cfg.algorithm]
 
     def __call__(self, groups: Sequence[Group], lr: float) -> Metrics:
         """Take `grpo.num_iterations` optimizer steps. A completion without an advantage takes no part.
 
+        Where no completion has one, on any rank, there is no gradient: the optimizer does not step, not even by its
+        momentum.
+
         Returns:
-            `grpo/*`, `train/*` and `rollout/logprob_gap`, over all ranks.
+            `grpo/*`, `train/*` and `rollout/logprob_gap`, over all ranks. `train/skipped` counts optimizer steps that
+            were not taken, the gap is that of the first iteration, all else is of the last. `grpo/kl` is the mean over
+            completions of each one's mean over tokens, whatever the algorithm's own average.
         """
         packed, tables = self._prepare(groups)
+        if not tables.counts.completions:
+            return self._report([], first=True) | {"train/grad_norm": 0.0, "train/lr": lr, "train/skipped": 1.0}
         batches = self.updater.micro_batches(packed)
         tables = self._with_passes(tables, batches)
         metrics: Metrics = {}
+        skipped = 0.0
         for iteration in range(self.cfg.num_iterations):
             results, train = self.updater.step(batches, self._loss(tables), lr)
-            metrics |= train
-            metrics |= self._report(results, first=iteration == 0)
-        return metrics
+            skipped += train["train/skipped"]
+            metrics |= train | self._report(results, first=iteration == 0)
+        return metrics | {"train/skipped": skipped}
 
     def _prepare(self, groups: Sequence[Group]) -> tuple[list[PackedGroup], _Tables]:
         packed: list[PackedGroup] = []
@@ -153,9 +167,7 @@ class GrpoUpdate:
                 packed.append(PackedGroup(group.prompt, completions, slots))
                 advantages += [float(group.advantages[i]) for i in kept]
                 logprobs += [group.completions[i].logprobs for i in kept]
-        where, mesh = device.device(), self.updater.policy.mesh
-        total = torch.tensor(len(advantages), device=where)
-        dist.all_reduce(total, group=mesh.dp_group)
+        where = device.device()
         table = np.zeros((len(logprobs), max(map(len, logprobs), default=0)), dtype=np.float32)
         for row, values in zip(table, logprobs, strict=True):
             row[: len(values)] = values
@@ -165,8 +177,13 @@ class GrpoUpdate:
             rollout_logprobs=torch.from_numpy(table).to(where),
             old_logprobs=None,
             reference_logprobs=None,
-            total=max(1, int(total)),
+            counts=self._counts(len(logprobs), sum(map(len, logprobs))),
         )
+
+    def _counts(self, completions: int, tokens: int) -> Counts:
+        both = torch.tensor([completions, tokens], device=device.device())
+        dist.all_reduce(both, group=self.updater.policy.mesh.dp_group)
+        return Counts(int(both[0]), int(both[1]), self.updater.cfg.rollout.max_new_tokens)
 
     def _with_passes(self, tables: _Tables, batches: list[MicroBatch]) -> _Tables:
         """Add what needs a forward pass: reference log-probs, and old ones where there are several steps."""
@@ -182,26 +199,33 @@ class GrpoUpdate:
 
     def _loss(self, tables: _Tables) -> Loss:
         cfg, policy = self.cfg, self.updater.policy
+        weights = self.algorithm.weights(tables.lengths, tables.counts)
+        kl_weights = mean_of_means(tables.lengths, tables.counts)
 
         def loss(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, schedule.Result]:
             logprobs, entropy = policy.logprobs(hidden, *label_tensors(batch))
             cells = _cells(batch)
-            weight = 1.0 / (tables.lengths[cells[0]] * tables.total)
+            completions = cells[0]
             # One step per rollout: the policy that generated is the current one, and the ratio exactly one.
             old = logprobs.detach() if tables.old_logprobs is None else tables.old_logprobs[cells]
-            per_token, ratio, clipped = clipped_surrogate(
-                logprobs, old, tables.advantages[cells[0]], cfg.epsilon_low, cfg.epsilon_high
-            )
+            tokens = Tokens(logprobs, old, tables.advantages[completions], completions, tables.lengths)
+            per_token, ratio, clipped = self.algorithm.loss(tokens, cfg.epsilon_low, cfg.epsilon_high)
+            rollout = tables.rollout_logprobs[cells]
+            capped = torch.zeros_like(clipped)
+            if cfg.truncated_importance is not None:
+                importance, capped = truncated_importance(old, rollout, cfg.truncated_importance)
+                per_token = importance * per_token
             kl = torch.zeros_like(logprobs)
             if tables.reference_logprobs is not None:
                 kl = k3(logprobs, tables.reference_logprobs[cells])
                 per_token = per_token + cfg.beta * kl
-            value = (per_token * weight).sum()
-            gap = (logprobs.detach() - tables.rollout_logprobs[cells]).abs()
+            value = (per_token * weights[completions]).sum()
+            gap = (logprobs.detach() - rollout).abs()
             return value, {
                 "loss": value.detach(),
-                "kl": (kl.detach() * weight).sum(),
+                "kl": (kl.detach() * kl_weights[completions]).sum(),
                 "clipped": clipped.sum(),
+                "capped": capped.sum(),
                 "entropy": entropy.sum(),
                 "tokens": torch.tensor(float(len(entropy))),
                 "ratio_max": ratio.max() if len(ratio) else torch.zeros(()),
@@ -225,4 +249,6 @@ class GrpoUpdate:
             "grpo/ratio_max": m["ratio_max"],
             "train/tokens": m["tokens"],
         }
+        if self.cfg.truncated_importance is not None:
+            out["grpo/tis_capped_frac"] = m["capped"] / tokens
         return out | ({"rollout/logprob_gap": m["gap"]} if first else {})

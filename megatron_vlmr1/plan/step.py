@@ -58,7 +58,8 @@ def plan(cfg: Config, shape: VlmShape, world: int) -> list[StepPlan]:
     tokens = train.prompts_per_step * (prompt + generations * new)
     pairs = train.prompts_per_step * (causal_pairs(prompt) + generations * causal_pairs(new, prompt))
     forward = language_flops(text, tokens, pairs, train.prompts_per_step * generations * new)
-    passes = 3 + grpo * (1 + (cfg.grpo.beta > 0) + (cfg.grpo.num_iterations > 1)) + 3 * (cfg.grpo.num_iterations - 1)
+    rounds, iterations = max(1, cfg.grpo.dynamic_sampling_rounds), cfg.grpo.num_iterations
+    passes = 3 + grpo * (rounds + (cfg.grpo.beta > 0) + (iterations > 1)) + 3 * (iterations - 1)
     out = []
     for stage in range(pp):
         layers = _layers_on_stage(cfg.parallel, text.num_layers, stage)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from megatron_vlmr1.types import Group, IntArray, Prompt
 from tests.checkpoints import banned_ids, plain_model
 
 Tensors = dict[str, torch.Tensor]
+Table = dict[tuple[int, int], torch.Tensor]  # log-probs [L] by group and completion
 
 
 def inputs(model: Any, prompt: Prompt, more: IntArray | Sequence[int] = ()) -> dict[str, torch.Tensor]:
@@ -89,10 +92,77 @@ def grpo_loss(
     return torch.stack(losses).mean(), torch.stack(kls).mean()
 
 
-def gradients(model: Any, loss: torch.Tensor) -> Tensors:
-    """Differentiate `loss`; gradients under the published names."""
+@dataclass(frozen=True)
+class Settings:
+    """What an algorithm is run with."""
+
+    algorithm: str
+    low: float
+    high: float
+    beta: float = 0.0
+    cap: float | None = None
+    max_new_tokens: int = 1
+
+
+def table(model: Any, groups: Sequence[Group], banned: Sequence[int]) -> Table:
+    """Return the log-probs of every completion that has a score, if its group has another."""
+    return {
+        (g, i): logprobs(model, group.prompt, completion.token_ids, banned)
+        for g, group in enumerate(groups)
+        for i, completion in enumerate(group.completions)
+        if group.scores[i].value is not None and sum(score.value is not None for score in group.scores) > 1
+    }
+
+
+def advantage(algorithm: str, group: Group, i: int) -> float:
+    """Return completion `i`'s advantage from its group's scores."""
+    scores = [score.value for score in group.scores if score.value is not None]
+    mine = group.scores[i].value
+    assert mine is not None
+    if algorithm == "rloo":
+        return mine - (sum(scores) - mine) / (len(scores) - 1)
+    centred = mine - statistics.mean(scores)
+    return centred if algorithm == "dr_grpo" else centred / (statistics.stdev(scores) + 1e-4)
+
+
+def algorithm_loss(run: Settings, groups: Sequence[Group], new: Table, old: Table, fixed: Table) -> torch.Tensor:
+    """Return the loss of a step from each algorithm's own equation, one completion after another.
+
+    Args:
+        run: the algorithm and its settings.
+        groups: with scores, and the rollout's log-probs.
+        new: of the policy, differentiable.
+        old: of the policy before the first step.
+        fixed: of the reference.
+    """
+    total = torch.zeros(())
+    tokens = sum(len(row) for row in new.values())
+    for (g, i), log_p in new.items():
+        a = advantage(run.algorithm, groups[g], i)
+        log_ratio = log_p - old[g, i]
+        ratio = torch.exp(log_ratio.mean() if run.algorithm == "gspo" else log_ratio)
+        bounded = torch.clip(ratio, 1 - run.low, 1 + run.high)
+        if run.algorithm == "cispo":
+            objective = bounded.detach() * a * log_p
+        else:
+            objective = torch.min(ratio * a, bounded * a).expand(len(log_p))
+        if run.cap is not None:
+            sampled = torch.from_numpy(groups[g].completions[i].logprobs)
+            objective = objective * torch.exp(old[g, i] - sampled).clip(max=run.cap)
+        cost = -objective + run.beta * (torch.exp(fixed[g, i] - log_p) - (fixed[g, i] - log_p) - 1)
+        if run.algorithm in ("grpo", "gspo"):
+            total = total + cost.mean() / len(new)
+        elif run.algorithm in ("dapo", "cispo"):
+            total = total + cost.sum() / tokens
+        else:
+            total = total + cost.sum() / (len(new) * run.max_new_tokens)
+    return total
+
+
+def gradients(model: Any, loss: torch.Tensor, keep: bool = False) -> Tensors:
+    """Differentiate `loss`; gradients under the published names. `keep` its graph for another loss."""
     model.zero_grad()
-    loss.backward()
+    loss.backward(retain_graph=keep)
     return {published_name(name): p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -77,7 +77,7 @@ def samplings() -> dict[str, Sampling]:
 
 
 def lopsided(root: Path, name: str, mesh: Mesh) -> None:
-    """Gradients where one data-parallel rank has all groups and the other none; then where nobody has any."""
+    """Gradients where one data-parallel rank has all groups and the other none; then metrics where nobody has any."""
     policy, reference = work.with_reference(root / "untied", root / "untied_reference", mesh)
     policy.wrap_for_training()
     groups = work.replayed_groups(root / "untied", root / "one" / "sampled_0.json")
@@ -85,7 +85,6 @@ def lopsided(root: Path, name: str, mesh: Mesh) -> None:
     metrics = [update(groups if mesh.dp_rank == 0 else [], 0.0)]
     work.write_gradients(policy, root / "untied", root / f"lopsided_{name}")
     metrics.append(update([], 0.0))
-    work.write_gradients(policy, root / "untied", root / f"nothing_{name}")
     (root / f"lopsided_{name}_{mesh.rank}.json").write_text(json.dumps(metrics))
 
 

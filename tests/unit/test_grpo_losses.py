@@ -3,82 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from megatron_vlmr1.config import parse
-from megatron_vlmr1.data.packing import MicroBatch, pack
-from megatron_vlmr1.grpo.losses import clipped_surrogate, k3
+from megatron_vlmr1.grpo.losses import Tokens, clipped_importance, clipped_surrogate, k3, sequence_surrogate
 from megatron_vlmr1.grpo.update import GrpoUpdate
-from megatron_vlmr1.types import Completion, Group, Prompt
 from tests.distributed import ranks
+from tests.given_logprobs import Tables, groups
 
 CASES = json.loads((Path(__file__).parent / "data" / "grpo_cases.json").read_text())["cases"]
 CLIPPED = [0.0, 0.0, 2 / 5]  # by hand; the published figure counts the tokens that the minimum does not clip
-
-
-class Tables:
-    """Stands where the updater and the reference do: log-probs are given numbers [n, L] instead of a model's."""
-
-    def __init__(self, grpo: dict[str, Any], new: torch.Tensor, old: torch.Tensor | None, reference: torch.Tensor):
-        raw = {"model": {"path": "-"}, "data": {"train": "-"}, "grpo": grpo}
-        self.cfg = parse(raw, "test")
-        self.new, self.old, self.reference = new, old, reference
-        self.gradients: list[torch.Tensor] = []
-        self.metrics: list[dict[str, float]] = []
-        self._swapped = False
-
-    @property
-    def policy(self) -> Any:
-        mesh = SimpleNamespace(dp_group=None, is_last_stage=True, tp_rank=0)
-        return SimpleNamespace(mesh=mesh, logprobs=lambda hidden, rows, ids: (hidden, torch.ones(len(hidden))))
-
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        self._swapped = True
-        yield
-        self._swapped = False
-
-    def micro_batches(self, groups: list) -> list[MicroBatch]:
-        return [pack([group], 500, 1) for group in groups]
-
-    def logprobs(self, batches: list[MicroBatch], size: tuple[int, int]) -> torch.Tensor:
-        table = self.reference if self._swapped else self.old
-        assert table is not None
-        return table[: size[0], : size[1]]
-
-    def step(self, batches: list[MicroBatch], loss: Any, lr: float) -> tuple[list, dict[str, float]]:
-        leaf = self.new.clone().requires_grad_()
-        results = []
-        for batch in batches:
-            value, result = loss(leaf[batch.label_slots, batch.label_index], batch)
-            value.backward()
-            results.append(result)
-        assert leaf.grad is not None
-        self.gradients.append(leaf.grad)
-        return results, {}
-
-
-def groups(lengths: list[int], advantages: list[float]) -> list[Group]:
-    """One group for each completion."""
-    ids = np.zeros(2, np.int64)
-    prompt = Prompt(0, "k", ids, np.zeros((3, 2), np.int64), (), "", "")
-    return [
-        Group(
-            prompt,
-            (Completion(np.ones(n, np.int64), np.zeros(n, np.float32), "stop", ""),),
-            (),
-            np.array([a], np.float32),
-        )
-        for n, a in zip(lengths, advantages, strict=True)
-    ]
 
 
 @pytest.mark.parametrize(
@@ -107,17 +43,48 @@ KEYS = ("per_token_logps", "old_per_token_logps", "ref_per_token_logps")
 MASK = [[1, 1, 1, 0], [1, 1, 0, 0]]
 
 
-def test_a_clipped_token_is_one_without_a_gradient():
+def many_tokens() -> Tokens:
+    """4000 tokens of 500 completions; ratios far from one, a third of the advantages zero."""
     generator = torch.Generator().manual_seed(0)
-    new = (torch.randn(4000, generator=generator) * 0.4).requires_grad_()
-    old, advantages = torch.zeros(4000), torch.randn(4000, generator=generator)
-    loss, ratio, clipped = clipped_surrogate(new, old, advantages, 0.2, 0.28)
+    logprobs = torch.randn(4000, generator=generator) * 0.4
+    completions = torch.arange(4000) % 500
+    advantages = torch.randn(500, generator=generator)
+    advantages[::3] = 0.0
+    lengths = torch.full((500,), 8.0)
+    return Tokens(logprobs.requires_grad_(), torch.zeros(4000), advantages[completions], completions, lengths)
+
+
+def test_a_clipped_token_is_one_without_a_gradient():
+    tokens = many_tokens()
+    new, advantages = tokens.logprobs, tokens.advantages
+    loss, ratio, clipped = clipped_surrogate(tokens, 0.2, 0.28)
     loss.sum().backward()
-    assert torch.equal(new.grad == 0, clipped) and 0.1 < clipped.float().mean() < 0.6
+    assert torch.equal((new.grad == 0) & (advantages != 0), clipped) and 0.1 < clipped.float().mean() < 0.6
     expected = -torch.minimum(ratio * advantages, ratio.clip(0.8, 1.28) * advantages)
     assert torch.equal(loss, expected)
     free = ~clipped
     assert torch.allclose(new.grad[free], -(ratio * advantages)[free])
+
+
+def test_a_clipped_completion_is_one_without_a_gradient():
+    tokens = many_tokens()
+    loss, ratio, clipped = sequence_surrogate(tokens, 0.1, 0.15)
+    loss.sum().backward()
+    gradient, advantages = tokens.logprobs.grad, tokens.advantages
+    assert torch.equal((gradient == 0) & (advantages != 0), clipped) and 0.05 < clipped.float().mean() < 0.6
+    mean = tokens.logprobs.detach().view(8, 500).mean(0).repeat(8)
+    assert torch.allclose(ratio, mean.exp())
+    # each of a completion's 8 tokens carries the loss, and moves the ratio by an eighth
+    assert torch.allclose(gradient[~clipped], -(ratio * advantages)[~clipped])
+
+
+def test_a_clipped_weight_keeps_its_gradient():
+    tokens = many_tokens()
+    loss, ratio, clipped = clipped_importance(tokens, 0.2, 0.28)
+    loss.sum().backward()
+    assert torch.equal(clipped, (ratio < 0.8) | (ratio > 1.28)) and 0.3 < clipped.float().mean() < 0.9
+    assert torch.allclose(tokens.logprobs.grad, -ratio.clip(0.8, 1.28) * tokens.advantages)
+    assert not clipped_importance(tokens, 1.0, 1e9).clipped.any()  # the ratio is never below zero
 
 
 def test_k3_is_an_estimate_of_the_divergence():

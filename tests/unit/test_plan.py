@@ -81,6 +81,8 @@ def test_work_grows_with_passes() -> None:
     plain = plan(settings(grpo={"beta": 0.0}), shape, 1)[0]
     with_reference = plan(settings(grpo={"beta": 0.04}), shape, 1)[0]
     assert with_reference.step_flops / plain.step_flops == pytest.approx(5 / 4)
+    refilling = plan(settings(grpo={"beta": 0.0, "dynamic_sampling_rounds": 5}), shape, 1)[0]
+    assert refilling.step_flops / plain.step_flops == pytest.approx(8 / 4)
     assert plain.step_tokens == 16 * (2048 + 8 * 256)
 
 
