@@ -134,9 +134,12 @@ class TrainConfig(Section):
     prompts_per_step: PositiveInt = 16
     """Prompts (grpo) or samples (sft) of one optimizer step, over all data-parallel ranks."""
     micro_batch_tokens: PositiveInt = 8192
-    """Packed tokens of one micro-batch per rank; a single longer group gets one of its own."""
+    """Packed tokens of one micro-batch per rank, at most. A longer group is cut between completions, its prompt
+    repeated; only a single completion that is too long together with its prompt gets more."""
     micro_batches: PositiveInt | None = None
     """At least this many micro-batches a step; the pipeline size when empty."""
+    balance: bool = True
+    """Exchange groups between data-parallel ranks before the update, so that each has about as much to compute."""
     save_every: NonNegativeInt = 100
     """Checkpoint after every so many steps, and after the last; 0 saves only the last."""
     keep_checkpoints: PositiveInt = 2

@@ -35,6 +35,7 @@ _FREE_KEYS = {
     "train.steps",
     "train.micro_batch_tokens",
     "train.micro_batches",
+    "train.balance",
     "train.save_every",
     "train.keep_checkpoints",
     "train.evaluate_every",

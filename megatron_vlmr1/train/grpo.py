@@ -18,6 +18,7 @@ from megatron_vlmr1.parallel.optimizer import learning_rate
 from megatron_vlmr1.runtime.signals import StopFlag
 from megatron_vlmr1.telemetry.samples import write_samples
 from megatron_vlmr1.train.run import Run, requeue
+from megatron_vlmr1.train.work import even_out
 from megatron_vlmr1.types import Group, Prompt
 
 
@@ -40,7 +41,7 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
                 groups = with_advantages(run.judges.collect(groups))
             metrics = score_metrics(groups, run)
             with run.timers("update"):
-                metrics |= update(groups, learning_rate(cfg.optimizer, step, cfg.train.steps))
+                metrics |= update(even_out(groups, run), learning_rate(cfg.optimizer, step, cfg.train.steps))
             run.actor.policy.forget_features()
             save_samples(groups, step, run)
             if run.after_step(step, metrics):
