@@ -18,7 +18,7 @@ from megatron_vlmr1.parallel.optimizer import learning_rate
 from megatron_vlmr1.runtime.signals import StopFlag
 from megatron_vlmr1.telemetry.samples import write_samples
 from megatron_vlmr1.train.run import Run, requeue
-from megatron_vlmr1.train.work import even_out
+from megatron_vlmr1.train.work import even_out, work_metrics
 from megatron_vlmr1.types import Group, Prompt
 
 
@@ -39,7 +39,7 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
                 groups = rollout(run, prompts)
             with run.timers("reward_exposed"):
                 groups = with_advantages(run.judges.collect(groups))
-            metrics = score_metrics(groups, run)
+            metrics = score_metrics(groups, run) | work_metrics(groups, run)
             with run.timers("update"):
                 metrics |= update(even_out(groups, run), learning_rate(cfg.optimizer, step, cfg.train.steps))
             run.actor.policy.forget_features()

@@ -28,10 +28,11 @@ from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.rewards import tasks
 from megatron_vlmr1.rewards.judges import judges
 from megatron_vlmr1.rollout.actor import Actor
-from megatron_vlmr1.runtime import distributed
+from megatron_vlmr1.runtime import device, distributed
 from megatron_vlmr1.runtime.signals import StopFlag
 from megatron_vlmr1.telemetry import console, nvml
 from megatron_vlmr1.telemetry.files import write_atomic
+from megatron_vlmr1.telemetry.flops import peak_flops, utilisation
 from megatron_vlmr1.telemetry.metrics import MetricsWriter
 from megatron_vlmr1.telemetry.timers import PhaseTimers
 from megatron_vlmr1.train.checkpoints import Checkpoints
@@ -112,8 +113,11 @@ class Run:
             continue
 
     def _rates(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Tokens per second: generated ones in the rollout, trained ones per rank over the whole step."""
-        rates = {"perf/tokens_per_s_per_gpu": metrics["train/tokens"] / metrics["perf/step_s"] / self.mesh.world}
+        """FLOPs and trained tokens per second and rank over the whole step; generated tokens per second of rollout."""
+        seconds, world = metrics["perf/step_s"], self.mesh.world
+        peak = peak_flops(device.name(), self.cfg.precision)
+        rates = utilisation(metrics["perf/lm_flops"], metrics["perf/vit_flops"], seconds, world, peak)
+        rates["perf/tokens_per_s_per_gpu"] = metrics["train/tokens"] / seconds / world
         if "rollout/tokens" in metrics:
             rates["rollout/tokens_per_s"] = metrics["rollout/tokens"] / max(1e-9, metrics["time/rollout"])
         return rates

@@ -19,7 +19,7 @@ from megatron_vlmr1.parallel.schedule import Result
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.runtime.signals import StopFlag
 from megatron_vlmr1.train.run import Run, requeue
-from megatron_vlmr1.train.work import even_out
+from megatron_vlmr1.train.work import even_out, work_metrics
 from megatron_vlmr1.types import Prompt, Sample
 
 
@@ -44,6 +44,7 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
             sums = reduce.sums({k: sum(float(r[k]) for r in results) for k in ("loss", "tokens")}, speaks)
             skipped = reduce.sums({"data/skipped": run.feed.skipped}, mesh.is_model_leader)
             metrics |= {"train/loss": sums["loss"], "train/tokens": sums["tokens"], **skipped}
+            metrics |= work_metrics(groups, run)
             if run.after_step(step, metrics):
                 raise requeue(run)
     return run

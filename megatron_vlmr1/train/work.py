@@ -1,4 +1,4 @@
-"""The work of a step: shared out evenly before the update."""
+"""The work of a step: shared out evenly before the update, and counted."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_vlmr1.config import Config
 from megatron_vlmr1.data.balance import Item, balanced
-from megatron_vlmr1.data.costs import update_cost
+from megatron_vlmr1.data.costs import forward_language, forward_vision, update_cost
 from megatron_vlmr1.data.packing import PackedGroup
+from megatron_vlmr1.models.shape import VlmShape
+from megatron_vlmr1.parallel import reduce
 from megatron_vlmr1.train.run import Run
 from megatron_vlmr1.types import Group
+
+_TRAIN = 3  # forward passes that a forward and a backward pass are worth
 
 
 def even_out(items: Sequence[Item], run: Run) -> list[Item]:
@@ -29,3 +34,38 @@ def trained(item: Group | PackedGroup) -> list[int]:
     assert item.advantages is not None
     pairs = zip(item.completions, item.advantages, strict=True)
     return [len(completion.token_ids) for completion, advantage in pairs if np.isfinite(advantage)]
+
+
+def work_metrics(items: Sequence[Group | PackedGroup], run: Run) -> dict[str, float]:
+    """Return ``perf/lm_flops`` and ``perf/vit_flops`` of the step over all ranks; `items` are this rank's own."""
+    language, vision = step_flops(items, run.actor.policy.shape, run.cfg)
+    return reduce.sums({"perf/lm_flops": language, "perf/vit_flops": vision}, run.mesh.is_model_leader)
+
+
+def step_flops(items: Sequence[Group | PackedGroup], shape: VlmShape, cfg: Config) -> tuple[int, int]:
+    """Return the FLOPs that a step on these groups takes: (language model, vision tower).
+
+    Counted are true lengths: generation (each prompt prefilled once, each token decoded once), the reference's pass,
+    the pass for old log-probs, and for each optimizer step a forward and a backward pass. A tower in training runs on
+    each unique image once for each set of weights that is asked, without gradients, and once in each optimizer step; a
+    frozen one runs once. Not counted is what an implementation adds: padding, prompts of groups that are cut,
+    activations computed again.
+    """
+    generates = cfg.method == "grpo"
+    steps = cfg.grpo.num_iterations if generates else 1
+    reference, old = generates and cfg.grpo.beta > 0, steps > 1
+    updated = [item for item in items if trained(item)]
+    language = sum(forward_language(shape, item.prompt, trained(item)) for item in updated)
+    language *= reference + old + _TRAIN * steps
+    if generates:
+        language += sum(forward_language(shape, item.prompt, _generated(item)) for item in items)
+    tower = forward_vision(shape, [item.prompt for item in (items if generates else updated)])
+    if cfg.model.freeze_vision:
+        return language, tower
+    in_update = forward_vision(shape, [item.prompt for item in updated])
+    return language, generates * tower + (reference + _TRAIN * steps) * in_update
+
+
+def _generated(item: Group | PackedGroup) -> list[int]:
+    assert isinstance(item, Group)
+    return [len(completion.token_ids) for completion in item.completions]
