@@ -161,6 +161,18 @@ class EvaluateConfig(Section):
     """Besides greedy answers, sample one at the rollout's temperature for reward_mean."""
 
 
+class DebugConfig(Section):
+    """Half a GRPO step at a time: generate without training, train without generating."""
+
+    save_rollouts: bool = False
+    """Write each step's completions and scores to run_dir/rollouts."""
+    replay_rollouts: str | None = None
+    """Directory of saved rollouts; steps take completions and scores from there, and neither generate nor score. Same
+    data, seed and prompts per step as the run that saved them; any data-parallel size."""
+    skip_update: bool = False
+    """Generate and score, but leave the policy as it is."""
+
+
 class Config(Section):
     """One run."""
 
@@ -180,6 +192,15 @@ class Config(Section):
     rewards: RewardsConfig = RewardsConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    debug: DebugConfig = DebugConfig()
+
+    @model_validator(mode="after")
+    def _debug_fits(self) -> Config:
+        if self.method != "grpo" and self.debug != DebugConfig():
+            raise ValueError("debug.* is about rollouts: it needs method=grpo")
+        if self.debug.replay_rollouts is not None and self.train.evaluate_every:
+            raise ValueError("debug.replay_rollouts starts no rewards: it needs train.evaluate_every=0")
+        return self
 
     @model_validator(mode="after")
     def _group_of_two(self) -> Config:

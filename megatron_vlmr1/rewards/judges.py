@@ -31,12 +31,13 @@ class Judges:
     """Sends completions to the reward processes as they end, and gathers their scores."""
 
     def __init__(self, address: str, task: Task, cfg: RewardsConfig, mesh: Mesh, timeout_s: float) -> None:
-        """`address` of the node's reward service; `timeout_s` of the collectives in which other ranks wait for us."""
+        """`address` of the node's reward service, empty where nothing will be asked; `timeout_s` of the collectives in
+        which other ranks wait for us."""
         self.task, self.mesh = task, mesh
         self.compat: Compat = cfg.compat
         self.weights = dict(cfg.weights or task.recipe)
         self._cfg, self._longest_s = cfg, 0.8 * timeout_s
-        self._client = RewardClient(address) if mesh.is_model_leader else None
+        self._client = RewardClient(address) if mesh.is_model_leader and address else None
 
     def submit(self, index: int, number: int, prompt: Prompt, completion: Completion) -> None:
         """Ask for the score of completion `number` of group `index`; returns at once, on all ranks."""
@@ -97,8 +98,12 @@ class Judges:
 
 
 @contextmanager
-def judges(cfg: RewardsConfig, task: str, mesh: Mesh, log_dir: Path, timeout_s: float) -> Iterator[Judges]:
+def judges(
+    cfg: RewardsConfig, task: str, mesh: Mesh, log_dir: Path, timeout_s: float, serve: bool = True
+) -> Iterator[Judges]:
     """Start a reward service on each node's first rank and connect every rank to its own node's.
+
+    Without `serve` nothing is started, for groups that have their scores already.
 
     Raises:
         ValueError: an unknown task or reward, or settings that the service refuses.
@@ -109,7 +114,8 @@ def judges(cfg: RewardsConfig, task: str, mesh: Mesh, log_dir: Path, timeout_s: 
     with ExitStack() as stack:
         me = identity()
         local_rank = me.local_rank if me else 0
-        address = stack.enter_context(RewardService(cfg, log_dir)).address if local_rank == 0 else ""
+        starts = serve and local_rank == 0
+        address = stack.enter_context(RewardService(cfg, log_dir)).address if starts else ""
         address = distributed.from_node_leader(address, local_rank)
         asked = Judges(address, known, cfg, mesh, timeout_s)
         stack.callback(asked.close)

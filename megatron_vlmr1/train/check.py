@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_vlmr1.checkpoint.locate import hf_directory
 from megatron_vlmr1.config import Config
 from megatron_vlmr1.data.index import ShardSet
@@ -23,6 +25,8 @@ def check_inputs(cfg: Config) -> None:
     shape.check_layout(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
     if cfg.model.reference_path is not None:
         read_shape(hf_directory(cfg.model.reference_path, check=False))
+    if cfg.debug.replay_rollouts is not None and not Path(cfg.debug.replay_rollouts).is_dir():
+        raise ValueError(f"debug.replay_rollouts={cfg.debug.replay_rollouts}: no such directory")
     for path in (cfg.data.train, *cfg.data.evaluate.values()):
         if not len(ShardSet.open(path)):
             raise ValueError(f"{path}: the split is empty")

@@ -40,6 +40,7 @@ _FREE_KEYS = {
     "train.keep_checkpoints",
     "train.evaluate_every",
     "train.sample_every",
+    "debug.save_rollouts",
 }
 
 

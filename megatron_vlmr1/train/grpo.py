@@ -17,6 +17,7 @@ from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.parallel.optimizer import learning_rate
 from megatron_vlmr1.runtime.signals import StopFlag
 from megatron_vlmr1.telemetry.samples import write_samples
+from megatron_vlmr1.train.replay import replay, save_rollout
 from megatron_vlmr1.train.run import Run, requeue
 from megatron_vlmr1.train.work import even_out, work_metrics
 from megatron_vlmr1.types import Group, Prompt
@@ -36,12 +37,14 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
             with run.timers("data"):
                 prompts = [prompt for prompt, _ in run.feed.next(cfg.train.prompts_per_step)]
             with run.timers("rollout"):
-                groups = rollout(run, prompts)
+                groups = replay(prompts, step, run) if run.replays else rollout(run, prompts)
             with run.timers("reward_exposed"):
-                groups = with_advantages(run.judges.collect(groups))
+                groups = with_advantages(groups if run.replays else run.judges.collect(groups))
+            save_rollout(groups, step, run)
             metrics = score_metrics(groups, run) | work_metrics(groups, run)
             with run.timers("update"):
-                metrics |= update(even_out(groups, run), learning_rate(cfg.optimizer, step, cfg.train.steps))
+                if not cfg.debug.skip_update:
+                    metrics |= update(even_out(groups, run), learning_rate(cfg.optimizer, step, cfg.train.steps))
             run.actor.policy.forget_features()
             save_samples(groups, step, run)
             if run.after_step(step, metrics):

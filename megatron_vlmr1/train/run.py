@@ -71,7 +71,9 @@ class Run:
         self.updater.bad_steps = int(progress.get("bad_steps", 0))
         self.feed = self._feed(int(progress.get("consumed_samples", 0)))
         self.feed.skipped = int(progress.get("skipped", 0))
-        self.judges = stack.enter_context(judges(cfg.rewards, cfg.task, mesh, self.log_dir, cfg.parallel.timeout_s))
+        self.judges = stack.enter_context(
+            judges(cfg.rewards, cfg.task, mesh, self.log_dir, cfg.parallel.timeout_s, serve=not self.replays)
+        )
         self.timers = PhaseTimers(torch.cuda.synchronize if torch.cuda.is_available() else None)
         self.metrics = MetricsWriter(self.run_dir) if mesh.rank == 0 else None
         if self.metrics is not None:
@@ -79,6 +81,11 @@ class Run:
             self.metrics.truncate_after(self.step)
             write_atomic(self.run_dir / "config.yaml", config.dump(cfg).encode())
         self._started = time.perf_counter()
+
+    @property
+    def replays(self) -> bool:
+        """Whether completions and scores come from a saved rollout."""
+        return self.cfg.debug.replay_rollouts is not None
 
     @property
     def log_dir(self) -> Path:
@@ -117,7 +124,7 @@ class Run:
         seconds, world = metrics["perf/step_s"], self.mesh.world
         peak = peak_flops(device.name(), self.cfg.precision)
         rates = utilisation(metrics["perf/lm_flops"], metrics["perf/vit_flops"], seconds, world, peak)
-        rates["perf/tokens_per_s_per_gpu"] = metrics["train/tokens"] / seconds / world
+        rates["perf/tokens_per_s_per_gpu"] = metrics.get("train/tokens", 0.0) / seconds / world
         if "rollout/tokens" in metrics:
             rates["rollout/tokens_per_s"] = metrics["rollout/tokens"] / max(1e-9, metrics["time/rollout"])
         return rates
@@ -143,8 +150,8 @@ class Run:
             "parallel": self.mesh.describe(),
             "versions": {name: version(name) for name in ("megatron-core", "torch", "transformers")},
             "rank_pids": [int(pid) for pid in pids],
-            "reward_pids": [stats["service_pid"], *stats["worker_pids"]],
-            "scored": stats["scored"],
+            "reward_pids": [stats["service_pid"], *stats["worker_pids"]] if stats else [],
+            "scored": stats.get("scored", 0),
             "shards_read": sorted(read),
             "data_sha256": self.shards.digest(),
             "base_sha256": weights_sha256(self.actor.directory),

@@ -51,10 +51,11 @@ def step_flops(items: Sequence[Group | PackedGroup], shape: VlmShape, cfg: Confi
     frozen one runs once. Not counted is what an implementation adds: padding, prompts of groups that are cut,
     activations computed again.
     """
-    generates = cfg.method == "grpo"
-    steps = cfg.grpo.num_iterations if generates else 1
-    reference, old = generates and cfg.grpo.beta > 0, steps > 1
-    updated = [item for item in items if trained(item)]
+    grpo = cfg.method == "grpo"
+    generates = grpo and cfg.debug.replay_rollouts is None
+    steps = 0 if cfg.debug.skip_update else cfg.grpo.num_iterations if grpo else 1
+    reference, old = grpo and cfg.grpo.beta > 0 and steps > 0, steps > 1
+    updated = [item for item in items if trained(item)] if steps else []
     language = sum(forward_language(shape, item.prompt, trained(item)) for item in updated)
     language *= reference + old + _TRAIN * steps
     if generates:
@@ -63,7 +64,9 @@ def step_flops(items: Sequence[Group | PackedGroup], shape: VlmShape, cfg: Confi
     if cfg.model.freeze_vision:
         return language, tower
     in_update = forward_vision(shape, [item.prompt for item in updated])
-    return language, generates * tower + (reference + _TRAIN * steps) * in_update
+    # Generation and the pass for old log-probs are of the same weights.
+    asked = tower if generates else old * in_update
+    return language, asked + (reference + _TRAIN * steps) * in_update
 
 
 def _generated(item: Group | PackedGroup) -> list[int]:
