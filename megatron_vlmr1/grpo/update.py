@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_vlmr1.config import Config
+from megatron_vlmr1.data.costs import update_cost
 from megatron_vlmr1.data.packing import MicroBatch, PackedGroup, model_input, pack, split_by_tokens
 from megatron_vlmr1.errors import STOPPED, RunStopped
 from megatron_vlmr1.grpo.algorithms import ALGORITHMS
@@ -49,11 +50,16 @@ class Updater:
     def micro_batches(self, groups: Sequence[PackedGroup]) -> list[MicroBatch]:
         """Pack this rank's groups; at least one micro-batch, an empty one where there is no group."""
         mesh, train = self.policy.mesh, self.cfg.train
-        parts = split_by_tokens(groups, train.micro_batch_tokens, train.micro_batches or mesh.pp_size) or [[]]
+        multiple = mesh.tp_size if mesh.sequence_parallel else 1
+        budget = train.micro_batch_tokens // multiple * multiple  # with its padding a micro-batch still fits
+        parts = split_by_tokens(groups, budget, train.micro_batches or mesh.pp_size, self._cost) or [[]]
         if mesh.vp_size > 1:  # the interleaved schedule goes round the stages in whole turns
             parts += [[] for _ in range(-len(parts) % mesh.pp_size)]
-        multiple = mesh.tp_size if mesh.sequence_parallel else 1
         return [pack(part, self.policy.shape.image_token_id, multiple) for part in parts]
+
+    def _cost(self, group: PackedGroup) -> int:
+        lengths = [len(tokens) for tokens in group.completions]
+        return update_cost(self.policy.shape, group.prompt, lengths, self.policy.freeze_vision)
 
     def logprobs(self, batches: Sequence[MicroBatch], size: tuple[int, int]) -> torch.Tensor:
         """Compute log-probs without gradients into a table [slots, positions]; filled on the last stage only."""

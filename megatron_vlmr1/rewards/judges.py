@@ -38,7 +38,7 @@ class Judges:
         """Connect.
 
         Args:
-            address: of the node's reward service.
+            address: of the node's reward service, empty where nothing will be asked.
             task: renders items.
             cfg: weights and deadlines.
             mesh: the ranks of training.
@@ -49,7 +49,7 @@ class Judges:
         self.compat: Compat = cfg.compat
         self.weights = dict(cfg.weights or task.recipe)
         self._cfg, self._longest_s = cfg, 0.8 * timeout_s
-        self._client = RewardClient(address) if asks else None
+        self._client = RewardClient(address) if asks and address else None
         self._asked: list[tuple[int, int]] = []
 
     def submit(self, index: int, number: int, prompt: Prompt, completion: Completion) -> None:
@@ -121,8 +121,12 @@ def _score(row: list[float], names: list[str], own: Score | None) -> Score:
 
 
 @contextmanager
-def judges(cfg: RewardsConfig, task: str, mesh: Mesh, asks: bool, log_dir: Path, timeout_s: float) -> Iterator[Judges]:
+def judges(
+    cfg: RewardsConfig, task: str, mesh: Mesh, asks: bool, log_dir: Path, timeout_s: float, serve: bool = True
+) -> Iterator[Judges]:
     """Start a reward service on each node's first rank and connect the ranks that ask to their own node's.
+
+    Without `serve` nothing is started, for groups that have their scores already.
 
     Raises:
         ValueError: an unknown task or reward, or settings that the service refuses.
@@ -133,7 +137,8 @@ def judges(cfg: RewardsConfig, task: str, mesh: Mesh, asks: bool, log_dir: Path,
     with ExitStack() as stack:
         me = identity()
         local_rank = me.local_rank if me else 0
-        address = stack.enter_context(RewardService(cfg, log_dir)).address if local_rank == 0 else ""
+        starts = serve and local_rank == 0
+        address = stack.enter_context(RewardService(cfg, log_dir)).address if starts else ""
         address = distributed.from_node_leader(address, local_rank)
         asked = Judges(address, known, cfg, mesh, asks, timeout_s)
         stack.callback(asked.close)

@@ -30,15 +30,20 @@ _FREE_SECTIONS = ("parallel.", "recompute.", "evaluate.", "data.evaluate.")
 _FREE_KEYS = {
     "run_dir",
     "rollout.max_cache_tokens",
+    "rollout.max_prefill_tokens",
+    "rollout.tensor_model_parallel_size",
+    "rollout.pipeline_model_parallel_size",
     "rewards.workers",
     "rewards.deadline_s",
     "train.steps",
     "train.micro_batch_tokens",
     "train.micro_batches",
+    "train.balance",
     "train.save_every",
     "train.keep_checkpoints",
     "train.evaluate_every",
     "train.sample_every",
+    "debug.save_rollouts",
 }
 
 

@@ -35,7 +35,7 @@ MAX_NEW_TOKENS = 10
 LEARNING_RATE = 7e-4  # the quickstart's
 STEPS = 10
 STOPS = frozenset(range(5, 512, 16))
-SMALL, LARGE = 40, 10_000  # tokens of a micro-batch: one group each, and everything mixed
+SMALL, LARGE = 40, 10_000  # tokens of a micro-batch: one group each, long ones cut; and everything mixed
 
 
 def settings(micro_batch_tokens: int = LARGE, **sections: Any) -> config.Config:

@@ -6,15 +6,10 @@ the nearest known key. String literals below a field document it.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from yaml import YAMLError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -79,6 +74,11 @@ class ParallelConfig(Section):
     def chunks(self) -> int:
         """Number of pieces that the layers are cut into: pipeline x virtual."""
         return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
+
+    @property
+    def ranks_of_a_copy(self) -> int:
+        """Ranks that hold one copy of the model: tensor x pipeline."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
     def layers_by_chunk(self, num_layers: int) -> tuple[int, ...]:
         """Return how many of a model's layers each chunk has; chunk c is on pipeline stage c mod the pipeline size.
@@ -266,9 +266,12 @@ class TrainConfig(Section):
     prompts_per_step: PositiveInt = 16
     """Prompts (grpo) or samples (sft) of one optimizer step, over all data-parallel ranks."""
     micro_batch_tokens: PositiveInt = 8192
-    """Packed tokens of one micro-batch per rank; a single longer group gets one of its own."""
+    """Packed tokens of one micro-batch per rank, at most. A longer group is cut between completions, its prompt
+    repeated; only a single completion that is too long together with its prompt gets more."""
     micro_batches: PositiveInt | None = None
     """At least this many micro-batches a step; the pipeline size when empty."""
+    balance: bool = True
+    """Exchange groups between data-parallel ranks before the update, so that each has about as much to compute."""
     save_every: NonNegativeInt = 100
     """Checkpoint after every so many steps, and after the last; 0 saves only the last."""
     keep_checkpoints: PositiveInt = 2
@@ -288,6 +291,18 @@ class EvaluateConfig(Section):
     """Evaluate only the first so many samples of each split."""
     sampled: bool = True
     """Besides greedy answers, sample one at the rollout's temperature for reward_mean."""
+
+
+class DebugConfig(Section):
+    """Half a GRPO step at a time: generate without training, train without generating."""
+
+    save_rollouts: bool = False
+    """Write each step's completions and scores to run_dir/rollouts."""
+    replay_rollouts: str | None = None
+    """Directory of saved rollouts; steps take completions and scores from there, and neither generate nor score. Same
+    data, seed and prompts per step as the run that saved them; any data-parallel size."""
+    skip_update: bool = False
+    """Generate and score, but leave the policy as it is."""
 
 
 class Config(Section):
@@ -310,6 +325,15 @@ class Config(Section):
     rewards: RewardsConfig = RewardsConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    debug: DebugConfig = DebugConfig()
+
+    @model_validator(mode="after")
+    def _debug_fits(self) -> Config:
+        if self.method != "grpo" and self.debug != DebugConfig():
+            raise ValueError("debug.* is about rollouts: it needs method=grpo")
+        if self.debug.replay_rollouts is not None and self.train.evaluate_every:
+            raise ValueError("debug.replay_rollouts starts no rewards: it needs train.evaluate_every=0")
+        return self
 
     @model_validator(mode="after")
     def _group_of_two(self) -> Config:
@@ -319,6 +343,13 @@ class Config(Section):
             raise ValueError(
                 f"grpo.overlong_buffer_tokens={self.grpo.overlong_buffer_tokens} must be less than "
                 f"rollout.max_new_tokens={self.rollout.max_new_tokens}"
+            )
+        decoding, training = decoding_layout(self), self.parallel
+        if decoding is not None and training.ranks_of_a_copy % decoding.ranks_of_a_copy:
+            raise ValueError(
+                f"rollout.tensor_model_parallel_size={decoding.tensor_model_parallel_size} x rollout."
+                f"pipeline_model_parallel_size={decoding.pipeline_model_parallel_size} does not divide the "
+                f"{training.ranks_of_a_copy} ranks that hold one copy of the model in training"
             )
         if self.parallel.sequence_parallel and self.parallel.tensor_model_parallel_size == 1:
             raise ValueError("parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1")
@@ -335,52 +366,3 @@ def decoding_layout(cfg: Config) -> ParallelConfig | None:
         pipeline_model_parallel_size=pipeline or 1,
         timeout_s=cfg.parallel.timeout_s,
     )
-
-
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply dotted overrides, validate.
-
-    Raises:
-        ValueError: one line naming the file and the key, with the nearest known key for a typo.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such config file")
-    try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        raw = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable config: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: a config is a mapping of sections")
-    return parse({str(key): value for key, value in raw.items()}, str(path))
-
-
-def parse(raw: dict[str, Any], origin: str) -> Config:
-    """Validate a nested dict; `origin` names it in errors.
-
-    Raises:
-        ValueError: one line with the first few problems.
-    """
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        problems = [_explain(e["loc"], e["type"], e["msg"]) for e in error.errors()]
-        raise ValueError(f"{origin}: " + "; ".join(problems[:3])) from error
-
-
-def dump(config: Config) -> str:
-    """Return the resolved config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-
-
-def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
-    key = ".".join(str(part) for part in loc)
-    if kind != "extra_forbidden":
-        message = message.removeprefix("Value error, ")
-        return f"{key}: {message}" if key else message
-    section: Any = Config
-    for part in loc[:-1]:
-        section = section.model_fields[str(part)].annotation
-    near = difflib.get_close_matches(str(loc[-1]), section.model_fields, n=1, cutoff=0.5)
-    return f"unknown key {key}" + (f"; did you mean {'.'.join(str(p) for p in (*loc[:-1], near[0]))}?" if near else "")
