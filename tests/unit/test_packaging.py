@@ -76,6 +76,7 @@ def test_the_wheel_says_what_it_is(installed):
     for line in ("Name: megatron-vlmr1", "License-Expression: Apache-2.0", "Requires-Python: >=3.11"):
         assert line in metadata
     assert {line for line in metadata.splitlines() if line.startswith("Provides-Extra")} == {
+        "Provides-Extra: bench",
         "Provides-Extra: cuda",
         "Provides-Extra: demo",
         "Provides-Extra: test",
