@@ -48,7 +48,8 @@ def test_every_module_and_data_file_is_in_the_wheel(installed):
 
 
 def test_the_installed_program_finds_its_files_from_any_directory(installed, tmp_path):
-    shipped = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+    shipped = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
+    assert {f"recipe/{size}.yaml" for size in ("3b", "7b", "32b", "72b")} < set(shipped)
     code = (
         "import megatron_vlmr1, sys; from megatron_vlmr1.cli.common import find_config\n"
         "print(megatron_vlmr1.__file__)\n"
