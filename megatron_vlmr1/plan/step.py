@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from megatron_vlmr1.config import Config, ParallelConfig
+from megatron_vlmr1.config import Config, ParallelConfig, decoding_layout
 from megatron_vlmr1.models.families import qwen2_5_vl
 from megatron_vlmr1.models.families.qwen2_5_vl import Piece
 from megatron_vlmr1.models.shape import VlmShape
@@ -34,7 +34,8 @@ class StepPlan:
     gradients_bytes: int  # fp32
     optimizer_bytes: int  # this rank's share of the fp32 moments, and of the fp32 masters in bf16
     reference_bytes: int  # in host memory
-    kv_cache_bytes: int  # when rollout.max_cache_tokens are in use
+    copy_bytes: int  # of weights in the decoding layout, from rollout to update; the dearest stage's
+    kv_cache_bytes: int  # when rollout.max_cache_tokens are in use; the dearest stage's of a decoding layout
     step_tokens: int  # language tokens of the update, all ranks, at most
     step_flops: float  # language model, rollout and update, all ranks, at most
 
@@ -61,11 +62,13 @@ def plan(cfg: Config, shape: VlmShape, world: int) -> list[StepPlan]:
     rounds, iterations = max(1, cfg.grpo.dynamic_sampling_rounds), cfg.grpo.num_iterations
     passes = 3 + grpo * (rounds + (cfg.grpo.beta > 0) + (iterations > 1)) + 3 * (iterations - 1)
     out = []
+    decoding = decoding_layout(cfg)
+    copied, cached = (0, None) if decoding is None else _decoding(shape, decoding)
     for stage in range(pp):
         layers = _layers_on_stage(cfg.parallel, text.num_layers, stage)
         parameters = _parameters(shape, tp, pp, stage, layers)
         fixed = _vision_parameters(shape) if cfg.model.freeze_vision and stage == 0 else 0
-        kv_heads = max(1, text.num_kv_heads // tp)
+        token_numbers = _cache_numbers(shape, tp, len(layers)) if cached is None else cached
         out.append(
             StepPlan(
                 stage=stage,
@@ -74,7 +77,8 @@ def plan(cfg: Config, shape: VlmShape, world: int) -> list[StepPlan]:
                 gradients_bytes=(parameters - fixed) * 4,
                 optimizer_bytes=-(-(parameters - fixed) * (8 + 4 * (item == 2)) // dp),
                 reference_bytes=parameters * item if grpo and cfg.grpo.beta > 0 else 0,
-                kv_cache_bytes=cfg.rollout.max_cache_tokens * len(layers) * 2 * kv_heads * text.head_dim * item,
+                copy_bytes=copied * item,
+                kv_cache_bytes=cfg.rollout.max_cache_tokens * token_numbers * item,
                 step_tokens=tokens,
                 step_flops=float(passes * forward),
             )
@@ -96,9 +100,10 @@ def lines(cfg: Config, shape: VlmShape, world: int) -> Iterator[str]:
     yield f"{world} ranks: tensor {tp} x pipeline {pp}{virtual} x data {world // (tp * pp)}"
     yield f"a step: at most {first.step_tokens:,} language tokens in the update, {first.step_flops / 1e12:,.3g} TFLOP"
     for s in stages:
+        copied = f"copy for generation up to {_mb(s.copy_bytes)}, " if s.copy_bytes else ""
         yield (
             f"a rank of stage {s.stage}: {s.parameters:,} parameters; weights {_mb(s.weights_bytes)}, gradients "
-            f"{_mb(s.gradients_bytes)}, optimizer {_mb(s.optimizer_bytes)}, key/value cache up to "
+            f"{_mb(s.gradients_bytes)}, optimizer {_mb(s.optimizer_bytes)}, {copied}key/value cache up to "
             f"{_mb(s.kv_cache_bytes)}; reference {_mb(s.reference_bytes)} of host memory "
             "(activations and buffers not counted)"
         )
@@ -106,6 +111,24 @@ def lines(cfg: Config, shape: VlmShape, world: int) -> Iterator[str]:
 
 def _mb(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
+
+
+def _cache_numbers(shape: VlmShape, tp: int, layers: int) -> int:
+    """Numbers that a token has in the key/value cache of a rank."""
+    return layers * 2 * max(1, shape.text.num_kv_heads // tp) * shape.text.head_dim
+
+
+def _decoding(shape: VlmShape, layout: ParallelConfig) -> tuple[int, int]:
+    """Return the most parameters, and the most cached numbers of a token, of a rank in the decoding layout.
+
+    Raises:
+        ValueError: the model cannot be cut so.
+    """
+    shape.check_layout(layout)
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    layers = [_layers_on_stage(layout, shape.text.num_layers, stage) for stage in range(pp)]
+    parameters = [_parameters(shape, tp, pp, stage, numbers) for stage, numbers in enumerate(layers)]
+    return max(parameters), _cache_numbers(shape, tp, max(map(len, layers)))
 
 
 def _layers_on_stage(layout: ParallelConfig, num_layers: int, stage: int) -> list[int]:

@@ -93,3 +93,22 @@ def test_refusals_and_the_dry_run(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "configs/quickstart.yaml", "--dry-run", "--nproc", "4"]) == 0
     out = capfd.readouterr().out
     assert "# 4 ranks: tensor 2 x pipeline 1 x data 2\n" in out and "# a rank of stage 0: " in out
+
+
+def test_a_copy_for_generation() -> None:
+    """Its weights are those of its own layout, and so is the cache."""
+    shape = read_shape(hf_directory("asset:tiny_vlm"))
+    (whole,) = plan(settings(), shape, 1)
+    copies = plan(settings(pp=2, rollout={"tensor_model_parallel_size": 1}), shape, 2)
+    assert [s.copy_bytes for s in copies] == [4 * whole.parameters] * 2
+    assert [s.kv_cache_bytes for s in copies] == [whole.kv_cache_bytes] * 2
+    halves = plan(settings(pp=2, rollout={"tensor_model_parallel_size": 2}), shape, 2)
+    (half,) = plan(settings(tp=2), shape, 2)
+    assert [s.copy_bytes for s in halves] == [4 * half.parameters] * 2
+    assert [s.kv_cache_bytes for s in halves] == [half.kv_cache_bytes] * 2 == [whole.kv_cache_bytes // 2] * 2
+    assert whole.copy_bytes == 0 and "copy for generation" not in "".join(lines(settings(), shape, 1))
+    assert f"copy for generation up to {4 * whole.parameters / 1e6:,.1f} MB" in "".join(
+        lines(settings(pp=2, rollout={"tensor_model_parallel_size": 1}), shape, 2)
+    )
+    with pytest.raises(ValueError, match=r"rollout.tensor_model_parallel_size=2 x .*does not divide the 1 ranks"):
+        settings(rollout={"tensor_model_parallel_size": 2})
