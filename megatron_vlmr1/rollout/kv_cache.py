@@ -107,33 +107,35 @@ class Prefill:
 
 
 class Grouping:
-    """Which prompt each row in use belongs to, as a grid of prompts by rows: a prompt's keys are read once for all."""
+    """Which prompt each row in use belongs to, as a grid of prompts by rows: a prompt's keys are read once for all.
 
-    def __init__(self, prompt_of_row: IntArray, prompts: int) -> None:
+    Entries are (row, key/value head) pairs: the grid goes [prompts, Hkv, width], and holes repeat some row.
+    """
+
+    def __init__(self, prompt_of_row: IntArray, prompts: int, kv_heads: int) -> None:
         """`prompt_of_row` [n] are prompt slots; `prompts` of them are in use."""
         n = len(prompt_of_row)
         order = np.argsort(prompt_of_row, kind="stable")
         counts = np.bincount(prompt_of_row, minlength=prompts)
-        self.prompts, self.width = prompts, int(counts.max(initial=0))
-        rank = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)  # within its group, in order of `order`
-        cell = np.empty(n, dtype=np.int64)
-        cell[order] = prompt_of_row[order] * self.width + rank
-        self._cells: torch.Tensor | None = None  # [n], where each row lies in the grid; None: in order, no holes
-        if n != prompts * self.width or not np.array_equal(cell, np.arange(n)):
-            rows = np.zeros(prompts * self.width, dtype=np.int64)
-            rows[cell] = np.arange(n)
-            self._cells, self._rows = _index(cell), _index(rows)
+        width = int(counts.max(initial=0))
+        place = np.empty(n, dtype=np.int64)  # within its group
+        place[order] = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = np.zeros((prompts, width), dtype=np.int64)
+        rows[prompt_of_row, place] = np.arange(n)
+        heads = np.arange(kv_heads)
+        self.prompts = prompts
+        self._pairs = _index((rows[:, None] * kv_heads + heads[:, None]).reshape(-1))
+        cells = (prompt_of_row[:, None] * kv_heads + heads) * width + place[:, None]
+        self._cells = _index(cells.reshape(-1))
+        self._batches = prompts * kv_heads
 
     def to_grid(self, x: torch.Tensor) -> torch.Tensor:
-        """[n, Hkv, per, X] -> [prompts, Hkv, width * per, X]; holes repeat some row."""
-        if self._cells is not None:
-            x = x.index_select(0, self._rows)
-        return x.unflatten(0, (self.prompts, self.width)).transpose(1, 2).flatten(2, 3)
+        """[n * Hkv, per, X] -> [prompts * Hkv, width * per, X]."""
+        return x.index_select(0, self._pairs).view(self._batches, -1, x.shape[2])
 
     def to_rows(self, x: torch.Tensor, per: int) -> torch.Tensor:
-        """[prompts, Hkv, width * per, X] -> [n, Hkv, per, X]."""
-        x = x.unflatten(2, (self.width, per)).transpose(1, 2).flatten(0, 1)
-        return x if self._cells is None else x.index_select(0, self._cells)
+        """[prompts * Hkv, width * per, X] -> [n * Hkv, per, X]."""
+        return x.view(-1, per, x.shape[2]).index_select(0, self._cells)
 
 
 class Decode:
@@ -162,22 +164,24 @@ class Decode:
         self._own = cache.own[:, :rows]
         cache.own_mask[:rows, self._column] = 0.0
         mask = torch.cat((cache.prompt_mask[:rows, :prompt_tokens], cache.own_mask[:rows, self._columns]), 1)
-        self._mask = mask[:, None, None]  # [n, 1, 1, keys]
+        self._mask = mask[:, None]  # [n, 1, keys]
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """See `rollout.forward.FusedAttend`."""
         own, grouping = self._own[layer], self._grouping
         own[:, :, :, self._column] = qkv[:, :, -2:]
-        own_k, own_v = own[:, :, :, self._columns].unbind(2)
-        prompt_k, prompt_v = self._prompt[layer].unbind(2)
-        q = qkv[:, :, :-2]  # [n, Hkv, per, D]
-        per, d = q.shape[2:]
-        to_prompt = grouping.to_rows(grouping.to_grid(q) @ prompt_k.transpose(2, 3), per)
-        scores = torch.cat((to_prompt, q @ own_k.transpose(2, 3)), dim=-1).float()
-        weights = torch.softmax(torch.add(self._mask, scores, alpha=d**-0.5), dim=-1).to(q.dtype)
-        at_prompt, at_own = weights.split((self._prompt_tokens, own_k.shape[2]), dim=-1)
-        from_prompt = grouping.to_rows(grouping.to_grid(at_prompt) @ prompt_v, per)
-        return (from_prompt + at_own @ own_v).flatten(1, 2)
+        # Rows and heads are one dimension from here on: [n * Hkv, ...] and [prompts * Hkv, ...].
+        own_k, own_v = own[:, :, :, self._columns].flatten(0, 1).unbind(1)
+        prompt_k, prompt_v = self._prompt[layer].flatten(0, 1).unbind(1)
+        q = qkv[:, :, :-2].flatten(0, 1)
+        _, per, d = q.shape
+        to_prompt = grouping.to_rows(torch.bmm(grouping.to_grid(q), prompt_k.transpose(1, 2)), per)
+        scores = torch.cat((to_prompt, torch.bmm(q, own_k.transpose(1, 2))), dim=-1)
+        scores = torch.add(self._mask, scores.view(self._rows, -1, scores.shape[2]).float(), alpha=d**-0.5)
+        weights = torch.softmax(scores, dim=-1).to(q.dtype).view(-1, per, scores.shape[2])
+        at_prompt, at_own = weights.split((self._prompt_tokens, own_k.shape[1]), dim=-1)
+        from_prompt = grouping.to_rows(torch.bmm(grouping.to_grid(at_prompt), prompt_v), per)
+        return torch.baddbmm(from_prompt, at_own, own_v).view(self._rows, -1, d)
 
 
 def _index(values: IntArray) -> torch.Tensor:

@@ -138,11 +138,11 @@ class Lane:
         """Return the first tick whose keys a row that is decoded sees."""
         return int(self._rows.since[: self.decoding].min())
 
-    def grouping(self) -> Grouping:
+    def grouping(self, kv_heads: int) -> Grouping:
         """Return the prompts of the rows that are decoded."""
         if self._grouping is None:
             settled = len(self._resident) - len(self.entering)
-            self._grouping = Grouping(self._rows.slot[: self.decoding], settled)
+            self._grouping = Grouping(self._rows.slot[: self.decoding], settled, kv_heads)
         return self._grouping
 
     def longest_prompt(self) -> int:

@@ -83,7 +83,8 @@ class Pipe:
     def _decode_job(self) -> _Job:
         lane = self.lane
         tokens, positions = lane.inputs()
-        attend = Decode(self.cache, lane.grouping(), lane.decoding, lane.longest_prompt(), lane.tick, lane.oldest())
+        grouping = lane.grouping(self.forward.kv_heads)
+        attend = Decode(self.cache, grouping, lane.decoding, lane.longest_prompt(), lane.tick, lane.oldest())
         return _Job(_tensor(tokens), self.forward.rotation_of_text(_tensor(positions)), attend)
 
     def _prefill_jobs(self) -> list[_Job]:
