@@ -51,22 +51,28 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as logs:
             command = [sys.executable, *sys.argv]
             raise SystemExit(run_ranks(args.ranks, command, logs, {"OMP_NUM_THREADS": str(args.threads)}))
+    from megatron_vlmr1.runtime import distributed
     from tools.bench import tiny
 
     with tiny.mesh(args.threads) as mesh, tempfile.TemporaryDirectory() as folder:
-        cases = [run_case(name, Path(folder) / name, mesh, args) for name in common.chosen(args, CASES)]
+        shared = Path(distributed.broadcast_text(folder))
+        cases = [run_case(name, shared / name, mesh, args) for name in common.chosen(args, CASES)]
     if mesh.rank == 0:
         common.finish("rollout", cases, args)
 
 
 def run_case(name: str, directory: Path, mesh: Any, args: Any) -> common.Case:
     """Measure one case; its model lies in `directory` afterwards."""
+    import torch.distributed as dist
+
     from tools.bench import tiny
 
     side = 112 if name == "flat" else 448
     flat = np.full(PROMPTS * GENERATIONS, tiny.MEAN_LENGTH)
     lengths = flat if name == "flat" else tiny.long_tailed_lengths(PROMPTS * GENERATIONS)
-    tiny.write_model(directory, LARGE_VOCABULARY if name == "tail_v152k" else None)
+    if mesh.rank == 0:
+        tiny.write_model(directory, LARGE_VOCABULARY if name == "tail_v152k" else None)
+    dist.barrier()
     prompts = tiny.prompts(directory, PROMPTS, side)
     mine = slice(mesh.rank, None, mesh.world)
     work = Work(prompts[mine], lengths.reshape(PROMPTS, GENERATIONS)[mine])
