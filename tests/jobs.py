@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import yaml
 
 from megatron_vlmr1.cli.main import main
@@ -84,6 +85,20 @@ def wait_for(process: subprocess.Popen[str], text: str) -> str:
         if text in line:
             return seen
     raise AssertionError(f"the job ended without saying {text!r}:\n{seen}")
+
+
+def command_line(process: psutil.Process) -> str:
+    """Return a process's command line, or nothing once it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def ranks(pid: int) -> list[psutil.Process]:
+    """Return the ranks that `pid` started, in their order."""
+    found = [p for p in psutil.Process(pid).children() if "megatron_vlmr1.cli train" in command_line(p)]
+    return sorted(found, key=lambda p: int(p.environ()["RANK"]))
 
 
 def checkpoint_hashes(run_dir: Path, step: int) -> dict[str, str]:

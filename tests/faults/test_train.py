@@ -13,6 +13,7 @@ import pytest
 
 from megatron_vlmr1.telemetry.metrics import read_metrics
 from tests import jobs
+from tests.jobs import command_line, ranks
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +34,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
-
-
-def command_line(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
-def ranks(pid: int) -> list[psutil.Process]:
-    found = [p for p in psutil.Process(pid).children() if "megatron_vlmr1.cli train" in command_line(p)]
-    return sorted(found, key=lambda p: int(p.environ()["RANK"]))
 
 
 def assert_same_course(run: Path, whole: Path, last: int) -> None:
