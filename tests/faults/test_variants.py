@@ -20,12 +20,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(150)
-def test_bf16_pipeline_frozen_tower_with_reference(tmp_path: Path, shards: Path) -> None:
+def test_bf16_virtual_pipeline_recomputation_frozen_tower_with_reference(tmp_path: Path, shards: Path) -> None:
     config = jobs.write_config(
         tmp_path,
         shards,
         precision="bf16",
-        parallel={"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2},
+        parallel={
+            "tensor_model_parallel_size": 1,
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+        },
+        recompute={"granularity": "full"},
         model={"freeze_vision": True},
         grpo={"beta": 0.04, "num_iterations": 2},
         train={"steps": 2, "save_every": 0},
