@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_vlmr1.models.layers import rms_norm
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.models.shape import TextShape
 from megatron_vlmr1.parallel.mesh import Mesh
@@ -80,6 +79,7 @@ class Forward:
         # With fewer key/value heads than ranks, several ranks share one: megatron-core splits the fused rows evenly.
         self.kv_heads = max(1, self.text.num_kv_heads // self.mesh.tp_size)
         self.heads = self.text.num_heads // self.mesh.tp_size
+        self._eps = torch.tensor(self.text.norm_eps, device=device.device())
         self._frequencies = _frequencies(self.text).to(device.device())
         self._text = self.rotation(torch.arange(positions, device=device.device()).expand(3, -1))
 
@@ -121,16 +121,20 @@ class Forward:
     def run(self, chunk: int, x: torch.Tensor, rotation: Rotation, attend: FusedAttend) -> torch.Tensor:
         """Map x [T, hidden] through the layers of a chunk; the last one's output is normed."""
         first = sum(map(len, self.chunks[:chunk]))
-        eps = self.text.norm_eps
         for number, layer in enumerate(self.chunks[chunk], first):
-            qkv = self._own_heads(F.linear(rms_norm(x, layer.norm, eps), layer.qkv, layer.qkv_bias))
-            halves = qkv.unflatten(-1, (2, -1)).flip(-2).view(qkv.shape)
-            qkv = torch.addcmul(qkv * rotation.cos, halves, rotation.sin)
+            qkv = self._own_heads(F.linear(self._normed(x, layer.norm), layer.qkv, layer.qkv_bias))
+            qkv = torch.addcmul(qkv * rotation.cos, qkv.roll(self.text.head_dim // 2, -1), rotation.sin)
             x = self._add(x, attend.attend(number, qkv).flatten(1), layer.out)
-            gate, up = F.linear(rms_norm(x, layer.mlp_norm, eps), layer.gate_up).chunk(2, -1)
+            gate, up = F.linear(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, -1)
             x = self._add(x, F.silu(gate) * up, layer.down)
         model = self.policy.chunks[chunk]
-        return rms_norm(x, model.language.decoder.final_layernorm.weight, eps) if model.post_process else x
+        return self._normed(x, model.language.decoder.final_layernorm.weight) if model.post_process else x
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return `models.layers.rms_norm`, in half its kernels where there are no gradients."""
+        norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
+        scale = torch.addcmul(self._eps, norm, norm, value=1.0 / x.shape[1]).rsqrt_()
+        return weight * (x * scale).to(x.dtype)
 
     def _own_heads(self, qkv: torch.Tensor) -> torch.Tensor:
         """Return this rank's heads [T, Hkv, q..q k v, D] of its fused rows."""
