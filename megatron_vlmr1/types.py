@@ -76,6 +76,7 @@ class Completion:
     logprobs: FloatArray  # [L], at T=1 over the vocabulary less the banned tokens
     finish_reason: FinishReason
     text: str
+    drawn_logprobs: FloatArray | None = None  # [L], under the distribution drawn from, where it is not that one
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,16 @@ PLAIN_IDS = 400  # ids below are ordinary tokens of the tiny tokenizer
 VISION = {"depth": 4, "fullatt_block_indexes": [1, 3]}  # windowed and full-attention blocks, by turns
 
 
-def write_random_checkpoint(directory: Path, seed: int = 0, tied: bool = False, **text_settings: Any) -> Path:
+def write_random_checkpoint(
+    directory: Path, seed: int = 0, tied: bool = False, vision: dict[str, Any] | None = None, **text_settings: Any
+) -> Path:
     """Write a whole Hugging Face directory whose every number is drawn with std 0.1, norms around one.
 
     Args:
         directory: made if missing.
         seed: of the weights.
         tied: whether the output layer shares the embedding's weight.
+        vision: override the tower's settings.
         text_settings: override the text model's settings, as `tests.tiny` takes them.
     """
     import torch
@@ -37,7 +40,7 @@ def write_random_checkpoint(directory: Path, seed: int = 0, tied: bool = False, 
     path = directory / "config.json"
     config = json.loads(path.read_text())
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = tied
-    config["vision_config"] |= VISION
+    config["vision_config"] |= vision or VISION
     path.write_text(json.dumps(config))
     stops = (directory / "generation_config.json").read_bytes()
     model = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(str(directory))).float()

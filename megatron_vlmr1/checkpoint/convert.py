@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from megatron_vlmr1.checkpoint import store, weights, writer
 from megatron_vlmr1.checkpoint.locate import hf_directory
-from megatron_vlmr1.config import ParallelConfig
+from megatron_vlmr1.config import ParallelConfig, RecomputeConfig
 from megatron_vlmr1.models.families import read_shape
-from megatron_vlmr1.models.vlm import VlmModel
+from megatron_vlmr1.models.vlm import build_chunks
 from megatron_vlmr1.parallel.job import joined
 from megatron_vlmr1.runtime import device, distributed
 
@@ -50,15 +50,14 @@ def roundtrip(source: Path, out: Path, layout: ParallelConfig, precision: str) -
     with joined(layout, seed=0) as mesh:
         directory = hf_directory(source, check=mesh.rank == 0)
         shape = read_shape(directory)
-        shape.check_layout(mesh.tp_size, mesh.pp_size)
-        model = VlmModel(shape, mesh, device.DTYPES[precision])
-        weights.load(model, weights.HfWeights(directory))
+        chunks = build_chunks(shape, mesh, device.DTYPES[precision], RecomputeConfig())
+        weights.load(chunks, weights.HfWeights(directory))
         name = distributed.broadcast_text(f"{out.name}.tmp-{secrets.token_hex(4)}")
         temporary = out.with_name(name)
         if mesh.rank == 0:
             temporary.mkdir(parents=True)
         dist.barrier()
-        writer.save(model, directory, temporary)
+        writer.save(chunks, directory, temporary)
         if mesh.rank == 0:
             store.flush_tree(temporary)
             temporary.rename(out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def _shards(directory: Path) -> list[Path]:
 
 
 def parameter_pieces(model: VlmModel) -> Iterator[tuple[torch.nn.Parameter, list[list[Piece]]]]:
-    """Yield every parameter of this stage with what it is made of on each tensor-parallel rank, in a fixed order."""
+    """Yield every parameter of this chunk with what it is made of on each tensor-parallel rank, in a fixed order."""
     shape, mesh = model.shape, model.mesh
     if model.vision is not None:
         sizes = qwen2_5_vl.vision_shapes(shape.vision)
@@ -126,16 +126,16 @@ def parameter_pieces(model: VlmModel) -> Iterator[tuple[torch.nn.Parameter, list
 
 
 @torch.no_grad()
-def load(model: VlmModel, weights: HfWeights) -> None:
+def load(chunks: Sequence[VlmModel], weights: HfWeights) -> None:
     """Fill this rank's parameters from a Hugging Face directory, casting to their type.
 
     Raises:
         ValueError: the directory does not hold this model.
     """
-    weights.check(model.shape)
-    for parameter, pieces in parameter_pieces(model):
+    weights.check(chunks[0].shape)
+    for parameter, pieces in (found for chunk in chunks for found in parameter_pieces(chunk)):
         start = 0
-        for piece in pieces[model.mesh.tp_rank]:
+        for piece in pieces[chunks[0].mesh.tp_rank]:
             part = weights.read(piece, parameter)
             dim = piece.dim
             parameter.narrow(dim, start, part.shape[dim]).copy_(part)

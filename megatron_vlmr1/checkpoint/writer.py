@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", _INDEX)
 
 
 @torch.no_grad()
-def save(model: VlmModel, source: Path, target: Path) -> None:
+def save(chunks: Sequence[VlmModel], source: Path, target: Path) -> None:
     """Write the model as a Hugging Face directory: weights as they are in memory, other files as in `source`.
 
     A rank whose disk fails goes on with the collectives, so that no other rank waits for it, and raises at the end.
@@ -31,20 +31,21 @@ def save(model: VlmModel, source: Path, target: Path) -> None:
     Called by all ranks; the first copy of the model (data-parallel rank 0) writes. Layout-independent.
 
     Args:
-        model: this rank's stage.
+        chunks: this rank's part of the model.
         source: the Hugging Face directory that training started from: config, tokenizer and processor files.
         target: an empty directory on a file system that all ranks share.
 
     Raises:
         OSError: some rank could not write; raised on every rank.
     """
-    problem = _write_stage(model, target) if model.mesh.dp_rank == 0 else ""
-    if not distributed.any_rank(bool(problem)) and model.mesh.rank == 0:
+    first = chunks[0]
+    problem = _write_stage(chunks, target) if first.mesh.dp_rank == 0 else ""
+    if not distributed.any_rank(bool(problem)) and first.mesh.rank == 0:
         try:
             copy_side_files(source, target)
-            _state_dtype(target, model.dtype)
+            _state_dtype(target, first.dtype)
             _name_shards(target)
-            HfWeights(target).check(model.shape)
+            HfWeights(target).check(first.shape)
         except (OSError, ValueError) as error:
             problem = str(error)
     if distributed.any_rank(bool(problem)):
@@ -68,7 +69,7 @@ def _state_dtype(target: Path, dtype: torch.dtype) -> None:
         path.write_text(json.dumps({**config, key: name}, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_stage(model: VlmModel, target: Path) -> str:
+def _write_stage(chunks: Sequence[VlmModel], target: Path) -> str:
     """Write this stage's tensors, a new file whenever one is full; all ranks of the stage call it.
 
     Returns:
@@ -79,14 +80,14 @@ def _write_stage(model: VlmModel, target: Path) -> str:
     problem = ""
 
     def flush() -> str:
-        file = target / f"stage-{model.mesh.pp_rank:05d}-{number:05d}.safetensors"
+        file = target / f"stage-{chunks[0].mesh.pp_rank:05d}-{number:05d}.safetensors"
         try:
             save_file(shard, file, metadata={"format": "pt"})
         except (OSError, SafetensorError) as error:
             return f"{file}: {error}"
         return ""
 
-    for name, tensor in _whole_tensors(model):
+    for name, tensor in (found for chunk in chunks for found in _whole_tensors(chunk)):
         if shard and size + tensor.nbytes > MAX_SHARD_BYTES:
             problem = problem or flush()
             shard, size, number = {}, 0, number + 1
@@ -96,7 +97,7 @@ def _write_stage(model: VlmModel, target: Path) -> str:
 
 
 def _whole_tensors(model: VlmModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield this stage's tensors under their published names, on the stage's first tensor-parallel rank only.
+    """Yield a chunk's tensors under their published names, on the stage's first tensor-parallel rank only.
 
     Every Hugging Face tensor lies within one parameter, so it is whole once that parameter is gathered.
     """
@@ -115,8 +116,8 @@ def _whole_tensors(model: VlmModel) -> Iterator[tuple[str, torch.Tensor]]:
                     window = whole[piece.name].narrow(piece.dim, piece.start, length)
                     window.copy_(part.narrow(piece.dim, start, length))
                 start += length
-        # A tied model's last stage holds a second copy of the embedding, which the first stage writes.
-        second_copy = model.shape.text.tied and not mesh.is_first_stage and "model.embed_tokens.weight" in whole
+        # A tied model's last chunk holds a second copy of the embedding, which the first chunk writes.
+        second_copy = model.shape.text.tied and not model.pre_process and "model.embed_tokens.weight" in whole
         if mesh.tp_rank == 0 and not second_copy:
             yield from whole.items()
 

@@ -114,5 +114,5 @@ def find_config(name: str) -> Path:
     inside = shipped / name.removeprefix("configs/")
     if inside.is_file() and inside.resolve().is_relative_to(shipped.resolve()):
         return inside
-    names = ", ".join(sorted(f"configs/{path.name}" for path in shipped.glob("*.yaml")))
+    names = ", ".join(sorted(f"configs/{path.relative_to(shipped)}" for path in shipped.rglob("*.yaml")))
     raise ValueError(f"{name}: no such config file; the package has {names or 'none'}")

@@ -71,7 +71,7 @@ def _be_a_rank(cfg: Config, label: str) -> int:
     with joined(cfg.parallel, cfg.seed) as mesh:
         actor = Actor(hf_directory(cfg.model.path, check=mesh.rank == 0), cfg, mesh)
         results: dict[str, Any] = {}
-        with judges(cfg.rewards, cfg.task, mesh, log_dir, cfg.parallel.timeout_s) as asked:
+        with judges(cfg.rewards, cfg.task, mesh, actor.engine.speaks, log_dir, cfg.parallel.timeout_s) as asked:
             for name, shards in splits.items():
                 result = split.evaluate(actor, asked, shards, cfg, mesh)
                 split.write(result, f"{label}_{name}", Path(cfg.run_dir), mesh)

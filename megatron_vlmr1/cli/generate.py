@@ -95,7 +95,7 @@ def _answer(args: argparse.Namespace, cfg: Config) -> dict[str, Any] | None:
         prompt = actor.prompt_builder(str).build(0, Sample("--prompt", args.prompt, "", images))
         if isinstance(prompt, Damage):
             raise ValueError(f"{', '.join(args.image) or '--prompt'}: {prompt.reason}")
-        sampling = actor.sampling(cfg.rollout.max_new_tokens, cfg.rollout.temperature, args.greedy, cfg.seed)
+        sampling = actor.greedy() if args.greedy else actor.sampling(cfg.seed)
         if args.ignore_eos:
             sampling = replace(sampling, stop_ids=frozenset())
         ((completion,),) = actor.engine.generate([prompt], 1, sampling)

@@ -7,12 +7,13 @@ position for each completion alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from megatron_vlmr1.data.bins import fill
 from megatron_vlmr1.models.attention import AttentionPlan, Segment
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.models.vlm import ModelInput
@@ -108,28 +109,36 @@ def _joined(parts: Sequence[IntArray]) -> IntArray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def split_by_tokens(groups: Sequence[PackedGroup], budget: int, at_least: int = 1) -> list[list[PackedGroup]]:
-    """Cut groups into micro-batches of about equal size within a token budget.
+def split_by_tokens(
+    groups: Sequence[PackedGroup],
+    budget: int,
+    at_least: int = 1,
+    cost: Callable[[PackedGroup], int] = lambda group: group.tokens,
+) -> list[list[PackedGroup]]:
+    """Form micro-batches of about equal cost within a token budget.
 
-    A group larger than the budget gets a micro-batch of its own. The order of groups does not change.
+    A group that is larger than the budget is cut between completions, its prompt repeated in each part. Only a single
+    completion that is too long together with its prompt exceeds the budget, in a micro-batch of its own.
 
     Args:
         groups: this rank's groups.
         budget: packed tokens of one micro-batch.
         at_least: how many micro-batches to make, where there are that many groups.
+        cost: of a group.
     """
-    total = sum(group.tokens for group in groups)
-    share = min(budget, -(-total // max(at_least, -(-total // budget)))) if groups else budget
-    batches: list[list[PackedGroup]] = []
-    used = 0
-    for group in groups:
-        # A group goes where most of it still fits the equal share, and never over the budget.
-        if not batches or used + group.tokens / 2 > share or used + group.tokens > budget:
-            batches.append([])
-            used = 0
-        batches[-1].append(group)
-        used += group.tokens
-    return batches
+    parts = [part for group in groups for part in _cut(group, budget)]
+    bins = fill([cost(part) for part in parts], [part.tokens for part in parts], budget, at_least)
+    return [[parts[i] for i in items] for items in bins]
+
+
+def _cut(group: PackedGroup, budget: int) -> list[PackedGroup]:
+    if group.tokens <= budget or len(group.completions) < 2:
+        return [group]
+    fed = [len(tokens) - 1 for tokens in group.completions]
+    return [
+        PackedGroup(group.prompt, tuple(group.completions[i] for i in part), tuple(group.slots[i] for i in part))
+        for part in fill(fed, fed, budget - len(group.prompt.token_ids))
+    ]
 
 
 def model_input(batch: MicroBatch, policy: Policy) -> ModelInput:

@@ -59,8 +59,7 @@ def evaluate(actor: Actor, judges: Judges, shards: ShardSet, cfg: Config, mesh: 
     for batch, damaged in _batches(shards, builder, total, cfg.evaluate.batch_prompts, mesh):
         sums["damaged"] += damaged
         prompts = [prompt for prompt, _ in batch]
-        greedy = actor.sampling(cfg.rollout.max_new_tokens, greedy=True)
-        for (prompt, sample), (answer,) in zip(batch, actor.engine.generate(prompts, 1, greedy), strict=True):
+        for (prompt, sample), (answer,) in zip(batch, actor.engine.generate(prompts, 1, actor.greedy()), strict=True):
             sums["samples"] += 1
             row = _row(prompt, sample, answer.text, judges, pictures)
             if row is None:
@@ -75,7 +74,7 @@ def evaluate(actor: Actor, judges: Judges, shards: ShardSet, cfg: Config, mesh: 
         logger.info("evaluated about %d of %d samples", min(total, int(sums["samples"]) * mesh.dp_size), total)
         if cfg.evaluate.sampled:
             _score_sampled(actor, judges, prompts, cfg, sums)
-        actor.policy.forget_features()  # or a whole split's embeddings would stay
+        actor.engine.policy.forget_features()  # or a whole split's embeddings would stay
     sums = reduce.sums(sums, mesh.is_model_leader)
     answered = sums["samples"] - sums["failed"]
     if not answered:
@@ -130,7 +129,7 @@ def _row(
 
 
 def _score_sampled(actor: Actor, judges: Judges, prompts: list[Prompt], cfg: Config, sums: dict[str, float]) -> None:
-    sampling = actor.sampling(cfg.rollout.max_new_tokens, cfg.rollout.temperature, seed=cfg.seed)
+    sampling = actor.sampling(cfg.seed)
     answers = actor.engine.generate(
         prompts, 1, sampling, lambda i, j, completion: judges.submit(i, j, prompts[i], completion)
     )

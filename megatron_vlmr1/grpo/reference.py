@@ -16,7 +16,7 @@ class Reference:
     def __init__(self, policy: Policy) -> None:
         """Remember the policy's present weights."""
         self._policy = policy
-        self._values = [p.detach().to("cpu", copy=True) for p in policy.model.parameters()]
+        self._values = [p.detach().to("cpu", copy=True) for p in policy.parameters()]
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -30,7 +30,7 @@ class Reference:
     @torch.no_grad()
     def _exchange(self) -> None:
         self._policy.forget_features()
-        for parameter, value in zip(self._policy.model.parameters(), self._values, strict=True):
+        for parameter, value in zip(self._policy.parameters(), self._values, strict=True):
             mine = parameter.detach().to("cpu", copy=True)
             parameter.copy_(value)
             value.copy_(mine)

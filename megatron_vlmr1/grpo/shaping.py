@@ -25,7 +25,10 @@ def overlong_penalty(lengths: IntArray, max_new_tokens: int, buffer: int) -> Flo
 
 
 def with_overlong_penalty(group: Group, max_new_tokens: int, buffer: int) -> Group:
-    """Add the penalty to each score that there is, and name it among its parts; 0 `buffer` changes nothing."""
+    """Add the penalty to each score that there is, in place of one that it has, and name it among its parts.
+
+    Nothing changes where `buffer` is 0.
+    """
     if not buffer:
         return group
     lengths = np.array([len(completion.token_ids) for completion in group.completions], dtype=np.int64)
@@ -33,7 +36,11 @@ def with_overlong_penalty(group: Group, max_new_tokens: int, buffer: int) -> Gro
     scores = tuple(
         score
         if score.value is None
-        else replace(score, value=score.value + penalty, parts={**score.parts, OVERLONG: penalty})
+        else replace(
+            score,
+            value=score.value - score.parts.get(OVERLONG, 0.0) + penalty,
+            parts={**score.parts, OVERLONG: penalty},
+        )
         for score, penalty in zip(group.scores, penalties, strict=True)
     )
     return replace(group, scores=scores)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_vlmr1.config import Config
+from megatron_vlmr1.data.costs import update_cost
 from megatron_vlmr1.data.packing import MicroBatch, PackedGroup, model_input, pack, split_by_tokens
 from megatron_vlmr1.errors import STOPPED, RunStopped
 from megatron_vlmr1.grpo.algorithms import ALGORITHMS
@@ -49,9 +50,16 @@ class Updater:
     def micro_batches(self, groups: Sequence[PackedGroup]) -> list[MicroBatch]:
         """Pack this rank's groups; at least one micro-batch, an empty one where there is no group."""
         mesh, train = self.policy.mesh, self.cfg.train
-        parts = split_by_tokens(groups, train.micro_batch_tokens, train.micro_batches or mesh.pp_size) or [[]]
         multiple = mesh.tp_size if mesh.sequence_parallel else 1
+        budget = train.micro_batch_tokens // multiple * multiple  # with its padding a micro-batch still fits
+        parts = split_by_tokens(groups, budget, train.micro_batches or mesh.pp_size, self._cost) or [[]]
+        if mesh.vp_size > 1:  # the interleaved schedule goes round the stages in whole turns
+            parts += [[] for _ in range(-len(parts) % mesh.pp_size)]
         return [pack(part, self.policy.shape.image_token_id, multiple) for part in parts]
+
+    def _cost(self, group: PackedGroup) -> int:
+        lengths = [len(tokens) for tokens in group.completions]
+        return update_cost(self.policy.shape, group.prompt, lengths, self.policy.freeze_vision)
 
     def logprobs(self, batches: Sequence[MicroBatch], size: tuple[int, int]) -> torch.Tensor:
         """Compute log-probs without gradients into a table [slots, positions]; filled on the last stage only."""
@@ -63,7 +71,7 @@ class Updater:
             return values.new_zeros(()), {}
 
         with torch.no_grad():
-            self._run(self.policy.model, batches, collect, forward_only=True)
+            self._run(self.policy.chunks, batches, collect, forward_only=True)
         return table
 
     def step(self, batches: Sequence[MicroBatch], loss: Loss, lr: float) -> tuple[list[schedule.Result], Metrics]:
@@ -75,8 +83,9 @@ class Updater:
         Raises:
             RunStopped: gradients were not finite three times in a row (exit code 17).
         """
-        assert self.policy.ddp is not None
-        self.policy.ddp.zero_grad_buffer()
+        assert self.policy.ddp
+        for chunk in self.policy.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(self.policy.ddp, batches, loss)
         if not parallel_optimizer.gradients_finite(self.policy.ddp):
@@ -87,17 +96,16 @@ class Updater:
         self.bad_steps = 0
         parallel_optimizer.set_learning_rate(self.optimizer, lr)
         _, grad_norm, _ = self.optimizer.step()
-        if not self.policy.freeze_vision:
-            self.policy.forget_features()
+        self.policy.weights_changed(tower=not self.policy.freeze_vision)
         return results, {"train/grad_norm": float(grad_norm or 0.0), "train/lr": lr, "train/skipped": 0.0}
 
     def _run(
-        self, model: torch.nn.Module, batches: Sequence[MicroBatch], loss: Loss, forward_only: bool = False
+        self, chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch], loss: Loss, forward_only: bool = False
     ) -> list[schedule.Result]:
         def forward(chunk: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
             return chunk(model_input(batch, self.policy))
 
-        return schedule.run(model, batches, forward, loss, self.policy.mesh, forward_only)
+        return schedule.run(chunks, batches, forward, loss, self.policy.mesh, forward_only)
 
 
 def label_tensors(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:

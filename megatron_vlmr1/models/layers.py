@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_vlmr1.config import RecomputeConfig
 from megatron_vlmr1.models.attention import CoreAttention
 from megatron_vlmr1.models.shape import TextShape
 from megatron_vlmr1.parallel.mesh import Mesh
@@ -39,8 +41,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
 
 
-def transformer_config(text: TextShape, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    text: TextShape, mesh: Mesh, dtype: torch.dtype, recompute: RecomputeConfig
+) -> TransformerConfig:
     """Return megatron-core's configuration of the language model on this mesh."""
+    interleaved = mesh.vp_size > 1
     return TransformerConfig(
         num_layers=text.num_layers,
         hidden_size=text.hidden_size,
@@ -62,6 +67,11 @@ def transformer_config(text: TextShape, mesh: Mesh, dtype: torch.dtype) -> Trans
         pipeline_dtype=dtype,
         tensor_model_parallel_size=mesh.tp_size,
         pipeline_model_parallel_size=mesh.pp_size,
+        virtual_pipeline_model_parallel_size=mesh.vp_size if interleaved else None,
+        pipeline_model_parallel_layout=_layer_layout(mesh.layout.layers_by_chunk(text.num_layers)),
+        # Two interleaved stages are each other's previous and next: only sends of separate calls keep their order.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         sequence_parallel=mesh.sequence_parallel,
         use_cpu_initialization=not device.has_cuda(),
         perform_initialization=False,  # weights always come from a checkpoint
@@ -74,13 +84,22 @@ def transformer_config(text: TextShape, mesh: Mesh, dtype: torch.dtype) -> Trans
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         deallocate_pipeline_outputs=False,
+        **recompute.megatron_core(),
     )
 
 
-def block_spec(layers_on_stage: int) -> TransformerBlockSubmodules:
-    """Return the specification of this stage's transformer block."""
+def _layer_layout(layers_by_chunk: Sequence[int]) -> list[list[str]]:
+    """Return what megatron-core calls the pipeline layout: the kinds of layers of each chunk."""
+    layout = [["decoder"] * n for n in layers_by_chunk]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
+
+
+def block_spec(layers: int) -> TransformerBlockSubmodules:
+    """Return the specification of a chunk's transformer block."""
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = CoreAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers_on_stage, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

@@ -1,19 +1,25 @@
 """Vocabulary-parallel log-probs with a backward of our own, in chunks.
 
 log p(label) = logit[label] - log sum_v exp(logit[v]) over the vocabulary less the banned tokens. Each rank of the
-tensor-parallel group holds some rows of the output layer; two small all-reduces per chunk join them. Logits of more
-than one chunk never exist: backward computes them again.
+tensor-parallel group holds some rows of the output layer; two small all-reduces join them. Logits of more than one tile
+(some positions x some tokens) never exist: forward keeps a running maximum and running sums, as in online softmax
+(Milakov, Gimelshein 2018, arXiv 1805.02867), and backward computes the tiles again.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-CHUNK_BYTES = 64 << 20  # fp32 logits of one chunk
+# A tile that stays in the cache is several times faster on a CPU than one that does not. Many positions and few tokens:
+# the output layer and its gradient are then read and written once for each so many positions.
+TILE_BYTES = 8 << 20  # fp32 logits of one tile
+TILE_POSITIONS = 4096
+_BANNED = -1e30  # finite, so that 0 * logit is 0; its exponential is 0 beside any true logit
 
 
 class Vocabulary:
@@ -27,12 +33,13 @@ class Vocabulary:
         self.parallel = dist.get_world_size(group) > 1
         ids = torch.arange(self.start, self.start + rows)
         forbidden = torch.isin(ids, torch.tensor(sorted(banned), dtype=torch.int64)) | (ids >= size)
-        self.forbidden = forbidden.to(where) if bool(forbidden.any()) else None  # [rows]
+        self.forbidden = forbidden.nonzero()[:, 0].to(where)  # columns, rising
+        self.columns: list[int] = self.forbidden.tolist()  # the same, on the host
 
     def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return this rank's fp32 logits [n, rows], -inf where a token is banned."""
         logits = (hidden @ weight.t()).float()
-        return logits if self.forbidden is None else logits.masked_fill_(self.forbidden, float("-inf"))
+        return logits.index_fill_(1, self.forbidden, float("-inf"))
 
     def log_normaliser(self, logits: torch.Tensor, *weighted: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return log sum exp over the whole vocabulary [n] and, beside it, the all-reduced sums of `weighted` [n]."""
@@ -56,9 +63,35 @@ class Vocabulary:
         return local.clamp(0, self.rows - 1), owned
 
 
-def _chunks(n: int, rows: int) -> list[slice]:
-    step = max(1, CHUNK_BYTES // (4 * rows))
+def _blocks(n: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+class _Tiles:
+    """The tiles of fp32 logits [positions, tokens] of one call."""
+
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, vocabulary: Vocabulary
+    ) -> None:
+        self.hidden, self.weight, self.vocabulary = hidden, weight, vocabulary
+        local = labels - vocabulary.start
+        self.local = torch.where((local >= 0) & (local < vocabulary.rows), local, -1)  # [n]
+        self.positions = _blocks(hidden.shape[0], TILE_POSITIONS)
+        tokens = max(1, TILE_BYTES // (4 * min(TILE_POSITIONS, max(1, hidden.shape[0]))))
+        self.tokens = _blocks(weight.shape[0], tokens)
+
+    def logits(self, at: slice, of: slice) -> torch.Tensor:
+        """Return one tile, `_BANNED` where a token is banned."""
+        logits = (self.hidden[at] @ self.weight[of].t()).float()
+        first, last = (bisect_left(self.vocabulary.columns, edge) for edge in (of.start, of.stop))
+        if first == last:
+            return logits
+        return logits.index_fill_(1, self.vocabulary.forbidden[first:last] - of.start, _BANNED)
+
+    def label(self, at: slice, of: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the column of each position's label in the tile [positions, 1] (clamped), and whether it is there."""
+        local = self.local[at, None]
+        return (local - of.start).clamp(0, of.stop - of.start - 1), (local >= of.start) & (local < of.stop)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -66,36 +99,61 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, vocabulary: Vocabulary
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        n = hidden.shape[0]
-        logprobs, normaliser, entropy = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
-        for part in _chunks(n, weight.shape[0]):
-            logits = vocabulary.logits(hidden[part], weight)
-            log_z, (picked,) = vocabulary.log_normaliser(logits, vocabulary.pick(logits, labels[part]))
-            logprobs[part], normaliser[part] = picked - log_z, log_z
-            p = torch.exp(logits - log_z[:, None])
-            entropy[part] = -(p * (logits - log_z[:, None]).masked_fill_(p == 0, 0.0)).sum(-1)
+        tiles = _Tiles(hidden, weight, labels, vocabulary)
+        top = torch.full((hidden.shape[0],), _BANNED, device=hidden.device)
+        # Sums of exp(logit - top), of exp(logit - top) * (logit - top), and the label's logit.
+        sums, weighted, picked = (torch.zeros_like(top) for _ in range(3))
+        for at in tiles.positions:
+            for of in tiles.tokens:
+                logits = tiles.logits(at, of)
+                column, inside = tiles.label(at, of)
+                picked[at] += torch.where(inside, logits.gather(1, column), 0.0)[:, 0]
+                higher = torch.maximum(top[at], logits.max(dim=-1).values)
+                _rescale(sums[at], weighted[at], top[at] - higher)
+                top[at] = higher
+                logits -= higher[:, None]
+                p = torch.exp(logits)
+                sums[at] += p.sum(-1)
+                weighted[at] += p.mul_(logits).sum(-1)
         if vocabulary.parallel:
-            dist.all_reduce(entropy, group=vocabulary.group)
+            highest = top.clone()
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group=vocabulary.group)
+            _rescale(sums, weighted, top - highest)
+            joined = torch.stack((sums, weighted, picked))
+            dist.all_reduce(joined, group=vocabulary.group)
+            top, (sums, weighted, picked) = highest, joined.unbind()
+        log_sums = sums.log()
+        normaliser = top + log_sums
         ctx.save_for_backward(hidden, weight, labels, normaliser)
         ctx.vocabulary = vocabulary
+        entropy = log_sums - weighted / sums
         ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return picked - normaliser, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         hidden, weight, labels, normaliser = ctx.saved_tensors
-        vocabulary: Vocabulary = ctx.vocabulary
-        d_hidden = torch.empty_like(hidden)
+        tiles = _Tiles(hidden, weight, labels, ctx.vocabulary)
+        d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        local, owned = vocabulary.own(labels)
-        for part in _chunks(hidden.shape[0], weight.shape[0]):
-            logits = vocabulary.logits(hidden[part], weight)
-            d_logits = torch.exp(logits - normaliser[part, None]).neg_()
-            d_logits.scatter_add_(1, local[part, None], owned[part, None].to(d_logits.dtype))
-            d_logits = d_logits.mul_(grads[0][part, None]).to(hidden.dtype)
-            d_hidden[part] = d_logits @ weight
-            d_weight += d_logits.t() @ hidden[part]
-        return d_hidden, d_weight.to(weight.dtype), None, None
+        for at in tiles.positions:
+            upstream = grads[0][at, None]
+            for of in tiles.tokens:
+                d_logits = tiles.logits(at, of).sub_(normaliser[at, None]).exp_().mul_(-upstream)
+                column, inside = tiles.label(at, of)
+                d_logits.scatter_add_(1, column, torch.where(inside, upstream, 0.0))
+                d_logits = d_logits.to(hidden.dtype)
+                d_hidden[at] += d_logits @ weight[of]
+                d_weight[of] += d_logits.t() @ hidden[at]
+        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None, None
+
+
+def _rescale(sums: torch.Tensor, weighted: torch.Tensor, shift: torch.Tensor) -> None:
+    """Turn sums of exp(x) and exp(x) * x into those of x + `shift` (not above 0), in place."""
+    weighted += shift * sums
+    factor = torch.exp(shift)
+    weighted *= factor
+    sums *= factor
 
 
 def token_logprobs(

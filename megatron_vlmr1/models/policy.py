@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_vlmr1.config import RecomputeConfig
 from megatron_vlmr1.models.families.qwen2_5_vl import padded_vocab
 from megatron_vlmr1.models.logprobs import Vocabulary, token_logprobs
 from megatron_vlmr1.models.shape import VlmShape
-from megatron_vlmr1.models.vlm import VlmModel, encode_images, gather_hidden
+from megatron_vlmr1.models.vlm import VlmModel, build_chunks, encode_images, gather_hidden
 from megatron_vlmr1.parallel import optimizer as parallel_optimizer
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.runtime import device
@@ -21,22 +22,46 @@ class Policy:
     """A model on its mesh, what it may not say, and the image embeddings of the current step."""
 
     def __init__(
-        self, shape: VlmShape, mesh: Mesh, dtype: torch.dtype, banned: Sequence[int], freeze_vision: bool = False
+        self,
+        shape: VlmShape,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        banned: Sequence[int],
+        freeze_vision: bool = False,
+        recompute: RecomputeConfig | None = None,
     ) -> None:
-        """`banned` are token ids that can never be produced: vision and padding tokens."""
-        shape.check_layout(mesh.tp_size, mesh.pp_size)
+        """Build the model without its weights.
+
+        `banned` are token ids that can never be produced: vision and padding tokens; `recompute` None keeps all
+        activations.
+
+        Raises:
+            ValueError: the model cannot be cut as the mesh's layout says.
+        """
         self.shape, self.mesh, self.freeze_vision = shape, mesh, freeze_vision
-        self.model = VlmModel(shape, mesh, dtype)
-        if freeze_vision and self.model.vision is not None:
-            self.model.vision.requires_grad_(False)
+        self.chunks = build_chunks(shape, mesh, dtype, recompute or RecomputeConfig())
+        if freeze_vision and self.chunks[0].vision is not None:
+            self.chunks[0].vision.requires_grad_(False)
         rows = padded_vocab(shape, mesh.tp_size) // mesh.tp_size
         self.vocabulary = Vocabulary(rows, shape.text.vocab_size, banned, mesh.tp_group, device.device())
-        self.ddp: DistributedDataParallel | None = None
+        self.ddp: list[DistributedDataParallel] = []
+        self.version = 0  # of the weights
         self._features: dict[bytes, torch.Tensor] = {}
 
-    def wrap_for_training(self) -> DistributedDataParallel:
-        """Give the parameters gradient buffers. Call after the weights are loaded."""
-        self.ddp = parallel_optimizer.wrap(self.model, self.mesh)
+    @property
+    def model(self) -> VlmModel:
+        """The only chunk of a stage without virtual stages."""
+        (only,) = self.chunks
+        return only
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Yield the parameters of all chunks on this rank, in a fixed order."""
+        for chunk in self.chunks:
+            yield from chunk.parameters()
+
+    def wrap_for_training(self) -> list[DistributedDataParallel]:
+        """Give the parameters gradient buffers, chunk by chunk. Call after the weights are loaded."""
+        self.ddp = parallel_optimizer.wrap(self.chunks, self.mesh)
         return self.ddp
 
     def features(self, images: Sequence[ImagePatches]) -> tuple[torch.Tensor, ...] | None:
@@ -49,21 +74,27 @@ class Policy:
         new = {image.digest: image for image in images if image.digest not in self._features}
         if new:
             with torch.no_grad():
-                rows = encode_images(self.model, tuple(new.values()))
+                rows = encode_images(self.chunks[0], tuple(new.values()))
             self._features.update(zip(new, rows, strict=True))
         return tuple(self._features[image.digest] for image in images)
 
+    def weights_changed(self, tower: bool) -> None:
+        """Say that the weights are others than before, those of the tower among them or not."""
+        self.version += 1
+        if tower:
+            self.forget_features()
+
     def forget_features(self) -> None:
-        """Drop image embeddings; required whenever the tower's weights change, and after each step."""
+        """Drop image embeddings; to be called after each step."""
         self._features.clear()
 
-    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Return this rank's fp32 logits [n, vocabulary / tp] of some rows of the last stage's hidden states."""
-        return self.vocabulary.logits(gather_hidden(self.model, hidden)[rows], self.model.output_weight())
+    def output_weight(self) -> torch.Tensor:
+        """Return this rank's rows of the output layer; last stage only."""
+        return self.chunks[-1].output_weight()
 
     def logprobs(
         self, hidden: torch.Tensor, rows: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return log-probs [n] of `labels` predicted at `rows`, and entropies [n]; last stage only."""
-        picked = gather_hidden(self.model, hidden).index_select(0, rows)
-        return token_logprobs(picked, self.model.output_weight(), labels, self.vocabulary)
+        picked = gather_hidden(self.chunks[-1], hidden).index_select(0, rows)
+        return token_logprobs(picked, self.output_weight(), labels, self.vocabulary)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_vlmr1.config import ParallelConfig
+
 
 @dataclass(frozen=True)
 class TextShape:
@@ -61,13 +63,13 @@ class VlmShape:
     video_token_id: int
     vision_start_token_id: int
 
-    def check_layout(self, tp: int, pp: int) -> None:
+    def check_layout(self, layout: ParallelConfig) -> None:
         """Refuse a layout that this model cannot be cut into.
 
         Raises:
             ValueError: naming the number that does not divide.
         """
-        text = self.text
+        text, tp = self.text, layout.tensor_model_parallel_size
         for what, size in (("attention heads", text.num_heads), ("ffn_hidden_size", text.ffn_hidden_size)):
             if size % tp:
                 raise ValueError(
@@ -79,10 +81,7 @@ class VlmShape:
                 f"parallel.tensor_model_parallel_size={tp} and the model's {text.num_kv_heads} key/value heads: "
                 "one must divide the other"
             )
-        if text.num_layers % pp:
-            raise ValueError(
-                f"parallel.pipeline_model_parallel_size={pp} does not divide the model's {text.num_layers} layers"
-            )
+        layout.layers_by_chunk(text.num_layers)
 
     def _divides(self, tp: int) -> bool:
         kv = self.text.num_kv_heads

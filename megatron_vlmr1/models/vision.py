@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
+from torch.utils.checkpoint import checkpoint
 
 from megatron_vlmr1.models.attention import AttentionPlan, Segment
 from megatron_vlmr1.models.layers import rms_norm
@@ -145,8 +146,10 @@ class _Merger(torch.nn.Module):
 class VisionTower(MegatronModule):
     """Patches of images to embeddings of image tokens."""
 
-    def __init__(self, config: Any, shape: VisionShape, dtype: torch.dtype) -> None:
+    def __init__(self, config: Any, shape: VisionShape, dtype: torch.dtype, recompute: bool = False) -> None:
+        """`recompute`: keep only each block's input for backward, and compute the rest again."""
         super().__init__(config=config)
+        self.recompute = recompute
         kw: dict[str, Any] = {"dtype": dtype, "device": device.device()}
         self.shape = shape
         self.patch_embed = _PatchEmbed(shape, **kw)
@@ -172,7 +175,11 @@ class VisionTower(MegatronModule):
         angles = self._by_unit(self._angles(positions), index)[:, None, :]  # [N, 1, D / 2]
         cos, sin = angles.cos(), angles.sin()
         for i, block in enumerate(self.blocks):
-            x = block(x, full if i in s.full_attention_blocks else windowed, cos, sin)
+            plan = full if i in s.full_attention_blocks else windowed
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, plan, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, plan, cos, sin)
         return self.merger(x)[torch.argsort(index)]
 
     def _by_unit(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_vlmr1.config import RecomputeConfig
 from megatron_vlmr1.models.attention import Attend, PackedAttention
 from megatron_vlmr1.models.families.qwen2_5_vl import padded_vocab
 from megatron_vlmr1.models.layers import block_spec, transformer_config
@@ -49,28 +50,37 @@ class _LanguageModel(GPTModel):
 
 
 class VlmModel(MegatronModule):
-    """One pipeline stage of the model. The first holds the tower; the last returns normed hidden states."""
+    """One chunk of the model. The first holds the tower; the last returns normed hidden states.
 
-    def __init__(self, shape: VlmShape, mesh: Mesh, dtype: torch.dtype) -> None:
-        config = transformer_config(shape.text, mesh, dtype)
+    A pipeline stage has one chunk, or several (virtual stages): chunk `vp_stage` of every stage comes before chunk
+    `vp_stage` + 1 of any.
+    """
+
+    def __init__(
+        self, shape: VlmShape, mesh: Mesh, dtype: torch.dtype, vp_stage: int, recompute: RecomputeConfig
+    ) -> None:
+        config = transformer_config(shape.text, mesh, dtype, recompute)
         super().__init__(config=config)
         self.shape, self.mesh, self.dtype = shape, mesh, dtype
         self.model_type = ModelType.encoder_or_decoder
-        self.pre_process, self.post_process = mesh.is_first_stage, mesh.is_last_stage
+        self.vp_stage = vp_stage if mesh.vp_size > 1 else None
+        self.pre_process = mesh.is_first_stage and vp_stage == 0
+        self.post_process = mesh.is_last_stage and vp_stage == mesh.vp_size - 1
         self.share_embeddings_and_output_weights = shape.text.tied
-        self.vision = VisionTower(config, shape.vision, dtype) if mesh.is_first_stage else None
+        self.vision = VisionTower(config, shape.vision, dtype, recompute.tower) if self.pre_process else None
         self.language = _LanguageModel(
             config,
-            block_spec(shape.text.num_layers // mesh.pp_size),
+            block_spec(mesh.layout.layers_by_chunk(shape.text.num_layers)[vp_stage * mesh.pp_size + mesh.pp_rank]),
             vocab_size=padded_vocab(shape, mesh.tp_size),
             max_sequence_length=shape.text.max_positions,
-            pre_process=mesh.is_first_stage,
-            post_process=mesh.is_last_stage,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
             share_embeddings_and_output_weights=shape.text.tied,
             position_embedding_type="mrope",
             rotary_base=shape.text.rope_theta,  # type: ignore[arg-type]  # a float serves as well
             scatter_embedding_sequence_parallel=False,  # image embeddings are merged in before the scatter
             pg_collection=mesh.groups,
+            vp_stage=self.vp_stage,
         )
         _mark_parallel_parameters(self.language)
 
@@ -83,13 +93,15 @@ class VlmModel(MegatronModule):
         return self.language.shared_embedding_or_output_weight()
 
     def output_weight(self) -> torch.Tensor:
-        """Return this rank's rows [padded vocabulary / tp, hidden] of the output layer; last stage only."""
+        """Return this rank's rows [padded vocabulary / tp, hidden] of the output layer; last chunk only."""
         if self.share_embeddings_and_output_weights:
             return self.language.shared_embedding_or_output_weight()
         return self.language.output_layer.weight
 
     def forward(self, batch: ModelInput) -> torch.Tensor:
         """Return hidden states [T, 1, hidden] (T / tp rows under sequence parallelism)."""
+        if self.language.training != torch.is_grad_enabled():
+            self.language.train(torch.is_grad_enabled())  # megatron-core recomputes in training mode only
         embeddings = self._embed(batch) if self.pre_process else None
         return self.language(
             input_ids=None,
@@ -109,6 +121,17 @@ class VlmModel(MegatronModule):
         return scatter_to_sequence_parallel_region(x, group=self.mesh.tp_group) if self.mesh.sequence_parallel else x
 
 
+def build_chunks(shape: VlmShape, mesh: Mesh, dtype: torch.dtype, recompute: RecomputeConfig) -> list[VlmModel]:
+    """Build this pipeline stage's chunks, in the order in which a token meets them. Weights are not loaded.
+
+    Raises:
+        ValueError: the model cannot be cut as the mesh's layout says.
+    """
+    shape.check_layout(mesh.layout)
+    recompute.check(mesh.layout.layers_by_chunk(shape.text.num_layers))
+    return [VlmModel(shape, mesh, dtype, i, recompute) for i in range(mesh.vp_size)]
+
+
 def _mark_parallel_parameters(module: torch.nn.Module) -> None:
     """Say which parameters are split over the tensor-parallel group: gradient norms count the others once.
 
@@ -123,7 +146,7 @@ def _mark_parallel_parameters(module: torch.nn.Module) -> None:
 
 
 def encode_images(model: VlmModel, images: tuple[ImagePatches, ...]) -> list[torch.Tensor]:
-    """Run the tower over unique images; first stage only."""
+    """Run the tower over unique images; first chunk only."""
     assert model.vision is not None
     return encode(model.vision, images, model.mesh)
 

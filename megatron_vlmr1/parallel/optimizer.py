@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,26 +16,23 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlmr1.config import OptimizerConfig
 from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.runtime import device
 
 
-def wrap(model: MegatronModule, mesh: Mesh) -> DistributedDataParallel:
-    """Put gradients into flat fp32 buffers that are summed over data-parallel ranks."""
-    ddp = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-        model,
-        pg_collection=mesh.groups,
-    )
-    model.config.finalize_model_grads_func = _finalize_gradients
-    return ddp
+def wrap(chunks: Sequence[MegatronModule], mesh: Mesh) -> list[DistributedDataParallel]:
+    """Put each chunk's gradients into flat fp32 buffers that are summed over data-parallel ranks."""
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = _finalize_gradients
+    return [DistributedDataParallel(c.config, settings, c, pg_collection=mesh.groups) for c in chunks]
 
 
-def build(cfg: OptimizerConfig, ddp: DistributedDataParallel) -> MegatronOptimizer:
+def build(cfg: OptimizerConfig, ddp: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
     """Create Adam with fp32 masters, its state shared out over the data-parallel ranks.
 
     Matrices decay; biases and norms don't.
     """
-    dtype = ddp.config.params_dtype
+    dtype = ddp[0].config.params_dtype
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -49,7 +47,7 @@ def build(cfg: OptimizerConfig, ddp: DistributedDataParallel) -> MegatronOptimiz
             params_dtype=dtype,
             use_distributed_optimizer=True,
         ),
-        [ddp],
+        list(ddp),
     )
     for group in optimizer.param_groups:
         # megatron-core marks biases and norms with 0, and leaves it to its own scheduler to heed the mark.
@@ -82,10 +80,10 @@ def _finalize_gradients(
             gradient.copy_(part.view_as(gradient))
 
 
-def gradients_finite(ddp: DistributedDataParallel) -> bool:
+def gradients_finite(ddp: Sequence[DistributedDataParallel]) -> bool:
     """Whether every gradient on every rank of the world is finite; all ranks get the same answer."""
-    bad = torch.zeros(1, device=ddp.buffers[0].grad_data.device if ddp.buffers else None)
-    for buffer in ddp.buffers:
+    bad = torch.zeros(1, device=device.device())
+    for buffer in (buffer for chunk in ddp for buffer in chunk.buffers):
         bad += (~torch.isfinite(buffer.grad_data.sum())).float()
     dist.all_reduce(bad, dist.ReduceOp.MAX)
     return not bool(bad)

@@ -28,33 +28,49 @@ logger = logging.getLogger(__name__)
 
 
 class Judges:
-    """Sends completions to the reward processes as they end, and gathers their scores."""
+    """Sends completions to the reward processes as they end, and gathers their scores.
 
-    def __init__(self, address: str, task: Task, cfg: RewardsConfig, mesh: Mesh, timeout_s: float) -> None:
-        """`address` of the node's reward service; `timeout_s` of the collectives in which other ranks wait for us."""
+    Of the ranks that generate a completion together one asks for its score; the ranks that hold one copy of the model
+    then share what they know.
+    """
+
+    def __init__(self, address: str, task: Task, cfg: RewardsConfig, mesh: Mesh, asks: bool, timeout_s: float) -> None:
+        """Connect.
+
+        Args:
+            address: of the node's reward service, empty where nothing will be asked.
+            task: renders items.
+            cfg: weights and deadlines.
+            mesh: the ranks of training.
+            asks: whether this rank asks for what it generates.
+            timeout_s: of the collectives in which other ranks wait for us.
+        """
         self.task, self.mesh = task, mesh
         self.compat: Compat = cfg.compat
         self.weights = dict(cfg.weights or task.recipe)
         self._cfg, self._longest_s = cfg, 0.8 * timeout_s
-        self._client = RewardClient(address) if mesh.is_model_leader else None
+        self._client = RewardClient(address) if asks and address else None
+        self._asked: list[tuple[int, int]] = []
 
     def submit(self, index: int, number: int, prompt: Prompt, completion: Completion) -> None:
         """Ask for the score of completion `number` of group `index`; returns at once, on all ranks."""
         if self._client is not None:
             item = self.task.item(completion.text, prompt, self.compat)
+            self._asked.append((index, number))
             self._client.submit(f"{index}/{number}", item, self.weights)
             self._client.poll()
 
     def collect(self, groups: Sequence[Group]) -> list[Group]:
         """Wait for all scores; every rank of the model group returns the same scored groups."""
-        scores: list[list[Score]] = []
+        scores: dict[tuple[int, int], Score] = {}
         if self._client is not None:
-            ids = [f"{i}/{j}" for i, group in enumerate(groups) for j in range(len(group.completions))]
             # Every item may run into its deadline twice, as many at a time as there are workers.
-            worst_s = 30.0 + 2 * self._cfg.deadline_s * -(-len(ids) // self._cfg.workers)
+            worst_s = 30.0 + 2 * self._cfg.deadline_s * -(-len(self._asked) // self._cfg.workers)
+            ids = [f"{i}/{j}" for i, j in self._asked]
             found = self._client.collect(ids, min(worst_s, self._longest_s))
-            scores = [[found[f"{i}/{j}"] for j in range(len(g.completions))] for i, g in enumerate(groups)]
-            self._log_failures([s for group in scores for s in group])
+            scores = dict(zip(self._asked, (found[name] for name in ids), strict=True))
+            self._asked = []
+            self._log_failures(list(scores.values()))
         return self._shared(groups, scores)
 
     def stats(self) -> dict[str, Any]:
@@ -71,34 +87,46 @@ class Judges:
         for reason, count in failures.most_common(3):
             logger.warning("reward failed for %d of %d completions: %s", count, len(scores), reason)
 
-    def _shared(self, groups: Sequence[Group], scores: list[list[Score]]) -> list[Group]:
-        """Give the leader's scores to the whole model group, as numbers: NaN is a failure."""
+    def _shared(self, groups: Sequence[Group], scores: dict[tuple[int, int], Score]) -> list[Group]:
+        """Give everyone's scores to the whole model group, as numbers: NaN is a failure."""
         names = sorted(self.weights)
-        counts = [len(group.completions) for group in groups]
-        table = torch.full((sum(counts), 1 + len(names)), float("nan"), dtype=torch.float64, device=device.device())
-        for row, score in enumerate(s for group in scores for s in group):
-            if score.value is not None:
-                table[row] = torch.tensor([score.value, *(score.parts[name] for name in names)], dtype=torch.float64)
+        places = [(i, j) for i, group in enumerate(groups) for j in range(len(group.completions))]
+        # Exactly one rank asked for each completion: the others add zeros.
+        table = torch.zeros(len(places), 1 + len(names), dtype=torch.float64)
+        for row, place in zip(table, places, strict=True):
+            if place in scores:
+                score = scores[place]
+                numbers = [score.value, *(score.parts[name] for name in names)] if score.value is not None else None
+                row[:] = torch.tensor(numbers or float("nan"), dtype=torch.float64)
         if self.mesh.world > self.mesh.dp_size and len(table):
-            dist.broadcast(table, self.mesh.model_leader, group=self.mesh.model_group)
-        rows = iter(table.cpu().tolist())
-        out = []
-        for i, group in enumerate(groups):
-            shared = []
-            for j in range(counts[i]):
-                value, *parts = next(rows)
-                if value != value:
-                    reason = scores[i][j].failure if scores else "failed; see the log of the rank that asked"
-                    shared.append(Score(None, failure=reason))
-                else:
-                    shared.append(Score(value, dict(zip(names, parts, strict=True))))
-            out.append(replace(group, scores=tuple(shared)))
-        return out
+            shared = table.to(device.device())
+            dist.all_reduce(shared, group=self.mesh.model_group)
+            table = shared.cpu()
+        rows = dict(zip(places, table.tolist(), strict=True))
+        return [
+            replace(
+                group,
+                scores=tuple(_score(rows[i, j], names, scores.get((i, j))) for j in range(len(group.completions))),
+            )
+            for i, group in enumerate(groups)
+        ]
+
+
+def _score(row: list[float], names: list[str], own: Score | None) -> Score:
+    value, *parts = row
+    if value == value:
+        return Score(value, dict(zip(names, parts, strict=True)))
+    reason = own.failure if own is not None else None
+    return Score(None, failure=reason or "failed; see the log of the rank that asked")
 
 
 @contextmanager
-def judges(cfg: RewardsConfig, task: str, mesh: Mesh, log_dir: Path, timeout_s: float) -> Iterator[Judges]:
-    """Start a reward service on each node's first rank and connect every rank to its own node's.
+def judges(
+    cfg: RewardsConfig, task: str, mesh: Mesh, asks: bool, log_dir: Path, timeout_s: float, serve: bool = True
+) -> Iterator[Judges]:
+    """Start a reward service on each node's first rank and connect the ranks that ask to their own node's.
+
+    Without `serve` nothing is started, for groups that have their scores already.
 
     Raises:
         ValueError: an unknown task or reward, or settings that the service refuses.
@@ -109,8 +137,9 @@ def judges(cfg: RewardsConfig, task: str, mesh: Mesh, log_dir: Path, timeout_s: 
     with ExitStack() as stack:
         me = identity()
         local_rank = me.local_rank if me else 0
-        address = stack.enter_context(RewardService(cfg, log_dir)).address if local_rank == 0 else ""
+        starts = serve and local_rank == 0
+        address = stack.enter_context(RewardService(cfg, log_dir)).address if starts else ""
         address = distributed.from_node_leader(address, local_rank)
-        asked = Judges(address, known, cfg, mesh, timeout_s)
+        asked = Judges(address, known, cfg, mesh, asks, timeout_s)
         stack.callback(asked.close)
         yield asked

@@ -8,13 +8,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_vlmr1.checkpoint import weights
-from megatron_vlmr1.config import Config
+from megatron_vlmr1.config import Config, decoding_layout
 from megatron_vlmr1.data.images import ImageProcessor
 from megatron_vlmr1.data.prompts import PromptBuilder
 from megatron_vlmr1.data.tokens import VisionTokens, banned_token_ids, load_tokenizer, stop_token_ids
 from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.rollout.decoding_copy import CopyEngine
 from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.rollout.sampling import Sampling
 from megatron_vlmr1.runtime import device
@@ -39,16 +40,23 @@ class Actor:
         """
         self.directory = directory
         shape = read_shape(directory)
-        shape.check_layout(mesh.tp_size, mesh.pp_size)
+        shape.check_layout(mesh.layout)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(directory)
         self.stop_ids = stop_token_ids(directory, self.tokenizer)
         banned = banned_token_ids(directory, self.tokenizer).tolist()
         self._processor = ImageProcessor.from_pretrained(directory, cfg.data.min_pixels, cfg.data.max_pixels)
         self._vision_tokens = VisionTokens.from_pretrained(directory)
         self._data = cfg.data
-        self.policy = Policy(shape, mesh, device.DTYPES[cfg.precision], banned, cfg.model.freeze_vision)
+        self.policy = Policy(shape, mesh, device.DTYPES[cfg.precision], banned, cfg.model.freeze_vision, cfg.recompute)
         self.load_weights(directory)
-        self.engine = Engine(self.policy, self.text, cfg.rollout.max_cache_tokens)
+        self._rollout = cfg.rollout
+        limits = cfg.rollout.max_cache_tokens, cfg.rollout.max_prefill_tokens
+        layout = decoding_layout(cfg)
+        self.engine = (
+            Engine(self.policy, self.text, *limits)
+            if layout is None
+            else CopyEngine(self.policy, layout, banned, self.text, *limits)
+        )
 
     def load_weights(self, directory: Path) -> None:
         """Fill the model from another directory of the same architecture.
@@ -56,8 +64,8 @@ class Actor:
         Raises:
             ValueError: it does not hold this model.
         """
-        weights.load(self.policy.model, weights.HfWeights(directory))
-        self.policy.forget_features()
+        weights.load(self.policy.chunks, weights.HfWeights(directory))
+        self.policy.weights_changed(tower=True)
 
     def prompt_builder(self, template: Callable[[str], str]) -> PromptBuilder:
         """Return a builder of prompts in which `template` surrounds the question."""
@@ -70,9 +78,23 @@ class Actor:
             self._vision_tokens,
         )
 
-    def sampling(self, max_new_tokens: int, temperature: float = 1.0, greedy: bool = False, seed: int = 0) -> Sampling:
-        """Return sampling that stops where this checkpoint says."""
-        return Sampling(max_new_tokens, frozenset(self.stop_ids), temperature, greedy, seed)
+    def sampling(self, seed: int) -> Sampling:
+        """Return sampling as the config's `rollout` says, which stops where this checkpoint says."""
+        cfg = self._rollout
+        return Sampling(
+            max_new_tokens=cfg.max_new_tokens,
+            stop_ids=frozenset(self.stop_ids),
+            temperature=cfg.temperature,
+            seed=seed,
+            repetition_penalty=cfg.repetition_penalty,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            min_p=cfg.min_p,
+        )
+
+    def greedy(self) -> Sampling:
+        """Return sampling that always takes the likeliest token."""
+        return Sampling(self._rollout.max_new_tokens, frozenset(self.stop_ids), greedy=True)
 
     def text(self, token_ids: IntArray | Sequence[int]) -> str:
         """Decode a completion; special tokens are left out."""

@@ -1,100 +1,184 @@
-"""Key/value cache of groups: each prompt's keys once, and each completion's own."""
+"""Key/value cache of groups: each prompt's keys once, and each completion's own; its size is fixed when it is made.
+
+Prompts and completions lie in slots. Those in use are always the first ones, so that attention reads views: whoever
+leaves is replaced by the last one in use.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
 from megatron_vlmr1.models.attention import AttentionPlan
+from megatron_vlmr1.runtime import device
+from megatron_vlmr1.types import IntArray
+
+_NEVER = float("-inf")
 
 
-class GroupCache:
-    """Keys and values of P prompts and their G completions each, for every layer of this stage.
+@dataclass(frozen=True)
+class CacheSize:
+    """Slots, and tokens of each."""
 
-    Used in turn as the `Attend` of the prefill (`prefill`), then of decoding. H query heads, Hkv key/value heads.
+    prompts: int
+    prompt_tokens: int
+    rows: int  # a row is a completion
+    row_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of key/value cache in all."""
+        return self.prompts * self.prompt_tokens + self.rows * self.row_tokens
+
+
+def fit(prompt_tokens: int, prompts: int, generations: int, row_tokens: int, budget: int) -> CacheSize | None:
+    """Return the largest cache of at most `budget` tokens, or None if not even one completion fits.
+
+    With fewer rows than completions there is one prompt slot more than full groups need: a new prompt can enter while
+    the last completions of another are still going on.
+    """
+    for rows in range(prompts * generations, 0, -1):
+        slots = min(prompts, -(-rows // generations) + (rows < prompts * generations))
+        size = CacheSize(slots, prompt_tokens, rows, row_tokens)
+        if size.tokens <= budget:
+            return size
+    single = CacheSize(1, prompt_tokens, 1, row_tokens)
+    return single if single.tokens <= budget else None
+
+
+class KvCache:
+    """Keys and values of one pipeline stage, Hkv heads of size D on this rank.
+
+    A completion's keys lie in the columns of the ticks that made them, modulo `row_tokens`: all rows write the same
+    column, and where a key lies makes no difference to attention. What a row may see is in its mask.
     """
 
-    def __init__(self, prompt_lengths: list[int], generations: int, max_new_tokens: int) -> None:
-        self.generations = generations
-        self.length = 0  # tokens of each completion that are in the cache
-        self._max_new = max_new_tokens
-        self._lengths = torch.tensor(prompt_lengths)
-        self._plan: AttentionPlan | None = None
-        self._prompt_k: dict[int, torch.Tensor] = {}  # layer -> [P, Hkv, Lp, D]
-        self._prompt_v: dict[int, torch.Tensor] = {}
-        self._own_k: dict[int, torch.Tensor] = {}  # layer -> [P * G, Hkv, max_new, D]
-        self._own_v: dict[int, torch.Tensor] = {}
-        self._hidden: torch.Tensor | None = None  # [P, 1, Lp], True beyond a prompt's end
+    def __init__(self, size: CacheSize, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        where = device.device()
+        self.size = size
+        # Zeros, because what is masked is multiplied by 0, not skipped.
+        # [layers, slots, Hkv, keys and values, tokens, D]
+        prompts, rows = (size.prompts, kv_heads, 2, size.prompt_tokens), (size.rows, kv_heads, 2, size.row_tokens)
+        self.prompt = torch.zeros(layers, *prompts, head_dim, dtype=dtype, device=where)
+        self.own = torch.zeros(layers, *rows, head_dim, dtype=dtype, device=where)
+        # What is added to a row's scores: 0 where it may see, else -inf.
+        self.prompt_mask = torch.full((size.rows, size.prompt_tokens), _NEVER, device=where)
+        self.own_mask = torch.full((size.rows, size.row_tokens), _NEVER, device=where)
 
-    def prefill(self, plan: AttentionPlan) -> GroupCache:
-        """Expect the packed prompts next, laid one after another."""
-        self._plan = plan
-        return self
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys, values and masks."""
+        tensors = (self.prompt, self.own, self.prompt_mask, self.own_mask)
+        return sum(t.numel() * t.element_size() for t in tensors)
 
-    def decode(self) -> GroupCache:
-        """Expect one token of every completion next."""
-        self._plan = None
-        return self
+    def open_rows(self, rows: IntArray, prompt_lengths: IntArray) -> None:
+        """Let new rows see the first `prompt_lengths` keys of their prompts, and nothing of their own yet."""
+        at = _index(rows)
+        columns = torch.arange(self.size.prompt_tokens, device=at.device)
+        self.prompt_mask[at] = torch.where(columns < _index(prompt_lengths)[:, None], 0.0, _NEVER)
+        self.own_mask[at] = _NEVER
 
-    def keep(self, groups: torch.Tensor) -> None:
-        """Keep only these groups (indices, ascending)."""
-        g = self.generations
-        rows = (groups[:, None] * g + torch.arange(g, device=groups.device)).reshape(-1)
-        self._lengths = self._lengths[groups.to(self._lengths.device)]
-        self._hidden = None if self._hidden is None else self._hidden[groups]
-        for table, index in (
-            (self._prompt_k, groups),
-            (self._prompt_v, groups),
-            (self._own_k, rows),
-            (self._own_v, rows),
-        ):
-            for layer in table:
-                table[layer] = table[layer][index]
+    def move_rows(self, source: IntArray, target: IntArray) -> None:
+        """Put rows into other slots."""
+        s, t = _index(source), _index(target)
+        self.own[:, t] = self.own[:, s]
+        self.prompt_mask[t] = self.prompt_mask[s]
+        self.own_mask[t] = self.own_mask[s]
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See `models.attention.Attend`. Rows beyond the sequences are padding and come back as zeros."""
-        if self._plan is not None:
-            self._prompt_k[layer], self._prompt_v[layer] = self._by_prompt(k), self._by_prompt(v)
-            return self._plan.attend(layer, q, k, v)
-        n = len(self._lengths) * self.generations
-        out = q.new_zeros(q.shape)
-        out[:n] = self._decode(layer, q[:n], k[:n], v[:n])
-        return out
+    def move_prompts(self, source: IntArray, target: IntArray) -> None:
+        """Put prompts into other slots."""
+        self.prompt[:, _index(target)] = self.prompt[:, _index(source)]
 
-    def _by_prompt(self, rows: torch.Tensor) -> torch.Tensor:
-        lengths = self._lengths.tolist()
-        parts = rows[: sum(lengths)].split(lengths)
-        padded = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)  # [P, Lp, Hkv, D]
-        if self._hidden is None:
-            beyond = torch.arange(padded.shape[1])[None, None] >= self._lengths[:, None, None]
-            self._hidden = beyond.to(rows.device)
-        return padded.transpose(1, 2).contiguous()
 
-    def _decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        n, heads, d = q.shape
-        kv = k.shape[1]
-        if layer not in self._own_k:
-            size = (n, kv, self._max_new, d)
-            self._own_k[layer], self._own_v[layer] = k.new_empty(size), v.new_empty(size)
-        self._own_k[layer][:, :, self.length] = k
-        self._own_v[layer][:, :, self.length] = v
-        own_k = self._own_k[layer][:, :, : self.length + 1]
-        own_v = self._own_v[layer][:, :, : self.length + 1]
-        prompts, per = len(self._lengths), heads // kv
-        q = (q * d**-0.5).view(n, kv, per, d)
-        # All completions of a group ask the same prompt keys: one product a prompt and head group.
-        grouped = q.view(prompts, self.generations, kv, per, d).transpose(1, 2).reshape(prompts, kv, -1, d)
-        to_prompt = grouped @ self._prompt_k[layer].transpose(2, 3)  # [P, kv, G * per, Lp]
-        assert self._hidden is not None
-        to_prompt = to_prompt.float().masked_fill(self._hidden[:, None], float("-inf"))
-        to_prompt = self._by_row(to_prompt, per)  # [N, kv, per, Lp]
-        scores = torch.cat((to_prompt, (q @ own_k.transpose(2, 3)).float()), dim=-1)
-        weights = torch.softmax(scores, dim=-1).to(v.dtype)
-        at_prompt, at_own = weights.split((to_prompt.shape[-1], own_k.shape[2]), dim=-1)
-        shared = at_prompt.view(prompts, self.generations, kv, per, -1).transpose(1, 2).reshape(*grouped.shape[:3], -1)
-        mixed = self._by_row(shared @ self._prompt_v[layer], per) + at_own @ own_v
-        return mixed.reshape(n, heads, d)
+class Prefill:
+    """Attention of packed prompts, laid one after another, that keeps their keys and values."""
 
-    def _by_row(self, x: torch.Tensor, per: int) -> torch.Tensor:
-        """[P, kv, G * per, X] -> [P * G, kv, per, X]."""
-        prompts, kv, _, last = x.shape
-        return x.view(prompts, kv, self.generations, per, last).transpose(1, 2).reshape(-1, kv, per, last)
+    def __init__(self, cache: KvCache, plan: AttentionPlan, slots: IntArray, lengths: IntArray) -> None:
+        self._cache, self._plan = cache, plan
+        self._slots = _index(np.repeat(slots, lengths))  # [T]
+        self._places = _index(np.concatenate([np.arange(n) for n in lengths]))  # [T]
+
+    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """See `rollout.forward.FusedAttend`."""
+        self._cache.prompt[layer][self._slots, :, :, self._places] = qkv[:, :, -2:]
+        return self._plan.attend(layer, qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1])
+
+
+class Grouping:
+    """Which prompt each row in use belongs to, as a grid of prompts by rows: a prompt's keys are read once for all."""
+
+    def __init__(self, prompt_of_row: IntArray, prompts: int) -> None:
+        """`prompt_of_row` [n] are prompt slots; `prompts` of them are in use."""
+        n = len(prompt_of_row)
+        order = np.argsort(prompt_of_row, kind="stable")
+        counts = np.bincount(prompt_of_row, minlength=prompts)
+        self.prompts, self.width = prompts, int(counts.max(initial=0))
+        rank = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)  # within its group, in order of `order`
+        cell = np.empty(n, dtype=np.int64)
+        cell[order] = prompt_of_row[order] * self.width + rank
+        self._cells: torch.Tensor | None = None  # [n], where each row lies in the grid; None: in order, no holes
+        if n != prompts * self.width or not np.array_equal(cell, np.arange(n)):
+            rows = np.zeros(prompts * self.width, dtype=np.int64)
+            rows[cell] = np.arange(n)
+            self._cells, self._rows = _index(cell), _index(rows)
+
+    def to_grid(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, Hkv, per, X] -> [prompts, Hkv, width * per, X]; holes repeat some row."""
+        if self._cells is not None:
+            x = x.index_select(0, self._rows)
+        return x.unflatten(0, (self.prompts, self.width)).transpose(1, 2).flatten(2, 3)
+
+    def to_rows(self, x: torch.Tensor, per: int) -> torch.Tensor:
+        """[prompts, Hkv, width * per, X] -> [n, Hkv, per, X]."""
+        x = x.unflatten(2, (self.width, per)).transpose(1, 2).flatten(0, 1)
+        return x if self._cells is None else x.index_select(0, self._cells)
+
+
+class Decode:
+    """Attention of one token of every row in use over its prompt's keys and its own."""
+
+    def __init__(
+        self, cache: KvCache, grouping: Grouping, rows: int, prompt_tokens: int, tick: int, oldest: int
+    ) -> None:
+        """Prepare a tick.
+
+        Args:
+            cache: of this stage.
+            grouping: prompts of the rows.
+            rows: that are decoded: the first ones.
+            prompt_tokens: of the longest prompt in use.
+            tick: number of this tick.
+            oldest: number of the first tick whose keys a row in use still sees.
+        """
+        tokens = cache.size.row_tokens
+        self._rows, self._grouping, self._prompt_tokens = rows, grouping, prompt_tokens
+        self._column = tick % tokens
+        first = oldest % tokens
+        # Columns in use run from the oldest to this one, or round the end: then all of them are read.
+        self._columns = slice(first, self._column + 1) if first <= self._column else slice(0, tokens)
+        self._prompt = cache.prompt[:, : grouping.prompts, :, :, :prompt_tokens]
+        self._own = cache.own[:, :rows]
+        cache.own_mask[:rows, self._column] = 0.0
+        mask = torch.cat((cache.prompt_mask[:rows, :prompt_tokens], cache.own_mask[:rows, self._columns]), 1)
+        self._mask = mask[:, None, None]  # [n, 1, 1, keys]
+
+    def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        """See `rollout.forward.FusedAttend`."""
+        own, grouping = self._own[layer], self._grouping
+        own[:, :, :, self._column] = qkv[:, :, -2:]
+        own_k, own_v = own[:, :, :, self._columns].unbind(2)
+        prompt_k, prompt_v = self._prompt[layer].unbind(2)
+        q = qkv[:, :, :-2]  # [n, Hkv, per, D]
+        per, d = q.shape[2:]
+        to_prompt = grouping.to_rows(grouping.to_grid(q) @ prompt_k.transpose(2, 3), per)
+        scores = torch.cat((to_prompt, q @ own_k.transpose(2, 3)), dim=-1).float()
+        weights = torch.softmax(torch.add(self._mask, scores, alpha=d**-0.5), dim=-1).to(q.dtype)
+        at_prompt, at_own = weights.split((self._prompt_tokens, own_k.shape[2]), dim=-1)
+        from_prompt = grouping.to_rows(grouping.to_grid(at_prompt) @ prompt_v, per)
+        return (from_prompt + at_own @ own_v).flatten(1, 2)
+
+
+def _index(values: IntArray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device.device())

@@ -33,6 +33,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
 
 
+def name() -> str | None:
+    """Return the name of this process's GPU; None on a CPU."""
+    return torch.cuda.get_device_name() if has_cuda() else None
+
+
 def prepare_megatron() -> None:
     """Make megatron-core usable on this machine. Idempotent; does nothing where there is CUDA."""
     global _prepared

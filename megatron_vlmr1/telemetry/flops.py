@@ -11,6 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+# Dense matrix products in bf16, FLOP/s, by the name that CUDA gives the device (NVIDIA's data sheets).
+_PEAKS = {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+}
+
 
 class LanguageShape(Protocol):
     """The language model's numbers."""
@@ -141,6 +149,33 @@ def vision_flops(shape: VisionShape, grids: Sequence[tuple[int, int, int]]) -> i
     merged = shape.spatial_merge_size**2
     merger = 2 * (patches // merged) * (hidden * merged) * (hidden * merged + shape.out_hidden_size)
     return 2 * patches * shape.patch_dim * hidden + blocks + attention + merger
+
+
+def peak_flops(device_name: str | None, precision: str) -> float | None:
+    """Return a device's FLOP/s at a precision of `config.precision`; None where no data sheet is known here."""
+    return _PEAKS.get(device_name or "") if precision == "bf16" else None
+
+
+def utilisation(
+    language: float, vision: float, seconds: float, ranks: int, peak: float | None = None
+) -> dict[str, float]:
+    """Return what a step made of the devices (model FLOPs utilisation: arXiv 2204.02311, appendix B).
+
+    Args:
+        language: FLOPs of the language model, all ranks; what is computed again in the backward pass not counted.
+        vision: FLOPs of the tower, all ranks.
+        seconds: of the step.
+        ranks: devices.
+        peak: FLOP/s of one device; None leaves the utilisation out.
+
+    Returns:
+        ``perf/tflops``, TFLOP/s of one device, and the fractions ``perf/mfu_lm`` and ``perf/mfu_vit`` of its peak.
+    """
+    each = seconds * ranks
+    out = {"perf/tflops": (language + vision) / each / 1e12}
+    if peak is not None:
+        out |= {"perf/mfu_lm": language / each / peak, "perf/mfu_vit": vision / each / peak}
+    return out
 
 
 def _squares(length: int, window: int) -> int:

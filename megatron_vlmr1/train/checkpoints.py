@@ -26,19 +26,24 @@ logger = logging.getLogger(__name__)
 
 _FAILURES = 3  # failed saves in a row, before the run stops itself
 # What may differ when a run goes on: it does not change what a step computes.
-_FREE_SECTIONS = ("parallel.", "evaluate.", "data.evaluate.")
+_FREE_SECTIONS = ("parallel.", "recompute.", "evaluate.", "data.evaluate.")
 _FREE_KEYS = {
     "run_dir",
     "rollout.max_cache_tokens",
+    "rollout.max_prefill_tokens",
+    "rollout.tensor_model_parallel_size",
+    "rollout.pipeline_model_parallel_size",
     "rewards.workers",
     "rewards.deadline_s",
     "train.steps",
     "train.micro_batch_tokens",
     "train.micro_batches",
+    "train.balance",
     "train.save_every",
     "train.keep_checkpoints",
     "train.evaluate_every",
     "train.sample_every",
+    "debug.save_rollouts",
 }
 
 
@@ -125,7 +130,7 @@ class Checkpoints:
         """Write all files; return what went wrong, or nothing. Ranks learn of each other's failure here."""
         problem = ""
         try:
-            writer.save(actor.policy.model, actor.directory, temporary / "hf")
+            writer.save(actor.policy.chunks, actor.directory, temporary / "hf")
             state.save(actor.policy, optimizer, progress, temporary / "state")
             dist.barrier()
             me = identity()

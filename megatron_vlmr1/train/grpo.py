@@ -15,8 +15,10 @@ from megatron_vlmr1.grpo.update import GrpoUpdate
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.parallel.optimizer import learning_rate
 from megatron_vlmr1.runtime.signals import StopFlag
+from megatron_vlmr1.train.replay import replay, save_rollout
 from megatron_vlmr1.train.run import Run, requeue
 from megatron_vlmr1.train.scores import save_samples, score_metrics
+from megatron_vlmr1.train.work import even_out, work_metrics
 from megatron_vlmr1.types import Group, Prompt
 
 
@@ -36,13 +38,17 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
                 with run.timers("data"):
                     prompts = [prompt for prompt, _ in run.feed.next(cfg.train.prompts_per_step)]
                 with run.timers("rollout"):
-                    groups = rollout(run, prompts)
+                    groups = replay(prompts, step, run) if run.replays else rollout(run, prompts)
                 with run.timers("reward_exposed"):
-                    groups = with_advantages(run.judges.collect(groups), cfg)
+                    groups = with_advantages(groups if run.replays else run.judges.collect(groups), cfg)
                 batch.add(groups)
-            metrics = score_metrics(batch.drawn, run) | {"grpo/rounds": batch.rounds}
+            run.actor.engine.release()
+            save_rollout(batch.drawn, step, run)
+            metrics = score_metrics(batch.drawn, run) | work_metrics(batch.drawn, batch.kept, run)
+            metrics["grpo/rounds"] = batch.rounds
             with run.timers("update"):
-                metrics |= update(batch.kept, learning_rate(cfg.optimizer, step, cfg.train.steps))
+                if not cfg.debug.skip_update:
+                    metrics |= update(even_out(batch.kept, run), learning_rate(cfg.optimizer, step, cfg.train.steps))
             run.actor.policy.forget_features()
             save_samples(batch.drawn, step, run)
             if run.after_step(step, metrics):
@@ -54,7 +60,7 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
 def rollout(run: Run, prompts: Sequence[Prompt]) -> list[Group]:
     """Sample G completions of each prompt; each goes to the reward processes as it ends."""
     cfg = run.cfg.rollout
-    sampling = run.actor.sampling(cfg.max_new_tokens, cfg.temperature, seed=run.cfg.seed)
+    sampling = run.actor.sampling(run.cfg.seed)
     completions = run.actor.engine.generate(
         prompts, cfg.num_generations, sampling, lambda i, j, c: run.judges.submit(i, j, prompts[i], c)
     )

@@ -28,10 +28,11 @@ from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.rewards import tasks
 from megatron_vlmr1.rewards.judges import judges
 from megatron_vlmr1.rollout.actor import Actor
-from megatron_vlmr1.runtime import distributed
+from megatron_vlmr1.runtime import device, distributed
 from megatron_vlmr1.runtime.signals import StopFlag
 from megatron_vlmr1.telemetry import console, nvml
 from megatron_vlmr1.telemetry.files import write_atomic
+from megatron_vlmr1.telemetry.flops import peak_flops, utilisation
 from megatron_vlmr1.telemetry.metrics import MetricsWriter
 from megatron_vlmr1.telemetry.timers import PhaseTimers
 from megatron_vlmr1.train.checkpoints import Checkpoints
@@ -70,7 +71,8 @@ class Run:
         self.updater.bad_steps = int(progress.get("bad_steps", 0))
         self.feed = self._feed(int(progress.get("consumed_samples", 0)))
         self.feed.skipped = int(progress.get("skipped", 0))
-        self.judges = stack.enter_context(judges(cfg.rewards, cfg.task, mesh, self.log_dir, cfg.parallel.timeout_s))
+        asks, timeout_s, serve = self.actor.engine.speaks, cfg.parallel.timeout_s, not self.replays
+        self.judges = stack.enter_context(judges(cfg.rewards, cfg.task, mesh, asks, self.log_dir, timeout_s, serve))
         self.timers = PhaseTimers(torch.cuda.synchronize if torch.cuda.is_available() else None)
         self.metrics = MetricsWriter(self.run_dir) if mesh.rank == 0 else None
         if self.metrics is not None:
@@ -78,6 +80,11 @@ class Run:
             self.metrics.truncate_after(self.step)
             write_atomic(self.run_dir / "config.yaml", config.dump(cfg).encode())
         self._started = time.perf_counter()
+
+    @property
+    def replays(self) -> bool:
+        """Whether completions and scores come from a saved rollout."""
+        return self.cfg.debug.replay_rollouts is not None
 
     @property
     def log_dir(self) -> Path:
@@ -112,8 +119,11 @@ class Run:
             continue
 
     def _rates(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Tokens per second: generated ones in the rollout, trained ones per rank over the whole step."""
-        rates = {"perf/tokens_per_s_per_gpu": metrics["train/tokens"] / metrics["perf/step_s"] / self.mesh.world}
+        """FLOPs and trained tokens per second and rank over the whole step; generated tokens per second of rollout."""
+        seconds, world = metrics["perf/step_s"], self.mesh.world
+        peak = peak_flops(device.name(), self.cfg.precision)
+        rates = utilisation(metrics["perf/lm_flops"], metrics["perf/vit_flops"], seconds, world, peak)
+        rates["perf/tokens_per_s_per_gpu"] = metrics.get("train/tokens", 0.0) / seconds / world
         if "rollout/tokens" in metrics:
             rates["rollout/tokens_per_s"] = metrics["rollout/tokens"] / max(1e-9, metrics["time/rollout"])
         return rates
@@ -139,8 +149,8 @@ class Run:
             "parallel": self.mesh.describe(),
             "versions": {name: version(name) for name in ("megatron-core", "torch", "transformers")},
             "rank_pids": [int(pid) for pid in pids],
-            "reward_pids": [stats["service_pid"], *stats["worker_pids"]],
-            "scored": stats["scored"],
+            "reward_pids": [stats["service_pid"], *stats["worker_pids"]] if stats else [],
+            "scored": stats.get("scored", 0),
             "shards_read": sorted(read),
             "data_sha256": self.shards.digest(),
             "base_sha256": weights_sha256(self.actor.directory),

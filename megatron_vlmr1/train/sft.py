@@ -19,6 +19,7 @@ from megatron_vlmr1.parallel.schedule import Result
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.runtime.signals import StopFlag
 from megatron_vlmr1.train.run import Run, requeue
+from megatron_vlmr1.train.work import even_out, work_metrics
 from megatron_vlmr1.types import Prompt, Sample
 
 
@@ -35,7 +36,7 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
             with run.timers("data"):
                 groups = packed(run, run.feed.next(cfg.train.prompts_per_step))
             with run.timers("update"):
-                batches = run.updater.micro_batches(groups)
+                batches = run.updater.micro_batches(even_out(groups, run))
                 lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
                 results, metrics = run.updater.step(batches, token_mean_loss(run, batches), lr)
             run.actor.policy.forget_features()
@@ -43,6 +44,7 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
             sums = reduce.sums({k: sum(float(r[k]) for r in results) for k in ("loss", "tokens")}, speaks)
             skipped = reduce.sums({"data/skipped": run.feed.skipped}, mesh.is_model_leader)
             metrics |= {"train/loss": sums["loss"], "train/tokens": sums["tokens"], **skipped}
+            metrics |= work_metrics(groups, groups, run)
             if run.after_step(step, metrics):
                 raise requeue(run)
     return run

@@ -65,4 +65,5 @@ def vocabulary_case() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "labels": allowed[torch.randint(len(allowed), (n,), generator=generator)],
         "upstream": torch.randn(n, generator=generator),
         "random": random,
+        "seen": torch.rand(n, size + 1, generator=generator) < 0.3,
     }, {"size": size, "banned": banned}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from megatron_vlmr1.checkpoint.weights import HfWeights, published_name
 from megatron_vlmr1.types import Group, IntArray, Prompt
+from tests.checkpoints import banned_ids, plain_model
 
 Tensors = dict[str, torch.Tensor]
 Table = dict[tuple[int, int], torch.Tensor]  # log-probs [L] by group and completion
@@ -162,6 +164,17 @@ def gradients(model: Any, loss: torch.Tensor, keep: bool = False) -> Tensors:
     model.zero_grad()
     loss.backward(retain_graph=keep)
     return {published_name(name): p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@cache
+def replayed_step(root: Path, which: str) -> tuple[Tensors, float, float]:
+    """Gradients, loss and KL of transformers' model and plain autograd, sequence by sequence, on a saved rollout."""
+    from tests.distributed import work
+
+    model, reference = plain_model(root / which), plain_model(root / f"{which}_reference")
+    groups = work.replayed_groups(root / "untied", root / "one" / "sampled_0.json")
+    loss, kl = grpo_loss(model, reference, groups, banned_ids(root / which), beta=0.04)
+    return gradients(model, loss), float(loss), float(kl)
 
 
 def read(directory: Path) -> Tensors:

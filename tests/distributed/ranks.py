@@ -22,13 +22,25 @@ LAYOUTS = {
     "one": ParallelConfig(),
     "tp2": ParallelConfig(tensor_model_parallel_size=2),
     "pp2": ParallelConfig(pipeline_model_parallel_size=2),
+    "pp2_uneven": ParallelConfig(pipeline_model_parallel_size=2, pipeline_layers=[1, 3]),
+    "pp2_vp2": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
     "tp2_sp": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
     "dp2": ParallelConfig(),
     "tp2_pp2": ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
     "tp4": ParallelConfig(tensor_model_parallel_size=4),
     "pp4": ParallelConfig(pipeline_model_parallel_size=4),
+    "tp2_pp2_vp2": ParallelConfig(
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        pipeline_layers=[1, 3, 2, 2],
+        sequence_parallel=True,
+    ),
+    "pp4_vp2": ParallelConfig(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2),
+    "dp2_pp2": ParallelConfig(pipeline_model_parallel_size=2, pipeline_layers=[5, 3]),
 }
-TWO_RANKS = ("tp2", "pp2", "tp2_sp", "dp2")
+TWO_RANKS = ("tp2", "pp2", "pp2_uneven", "pp2_vp2", "tp2_sp", "dp2")
+REPLAYED = ("tp2", "pp2", "pp2_vp2", "dp2")  # take ten steps
 
 
 def run(nproc: int, function: Callable[..., None], directory: Path, **arguments: Any) -> None:

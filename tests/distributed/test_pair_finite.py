@@ -8,7 +8,7 @@ import math
 import pytest
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "pp2_vp2", "dp2"])
 def test_all_ranks_agree(pair_results, layout):
     seen = [json.loads((pair_results / f"finite_{layout}_{rank}.json").read_text()) for rank in range(2)]
     for one in seen:

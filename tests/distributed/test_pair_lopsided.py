@@ -10,7 +10,7 @@ from tests.distributed import plain
 from tests.distributed.plain import within
 
 
-@pytest.mark.parametrize("layout", ["dp2", "pp2", "tp2_sp"])
+@pytest.mark.parametrize("layout", ["dp2", "pp2", "pp2_vp2", "tp2_sp"])
 def test_a_rank_without_groups(pair_results, layout, record_property):
     from tests.distributed import work
 

@@ -24,7 +24,7 @@ def logical_tensors(directory: Path) -> dict[str, torch.Tensor]:
     return out
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2", "pp2"])
+@pytest.mark.parametrize("layout", ["tp2", "dp2", "pp2", "pp2_vp2"])
 def test_goes_on_bit_for_bit(pair_results, layout):
     out = pair_results / f"state_{layout}"
     for rank in range(2):

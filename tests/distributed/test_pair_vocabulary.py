@@ -56,7 +56,7 @@ def test_logprobs_entropy_and_gradients(given, facts, found, record_property):
     within(record_property, "d_hidden", float((total - hidden.grad).norm() / hidden.grad.norm()), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["greedy", "drawn", "cold"])
+@pytest.mark.parametrize("name", ["greedy", "drawn", "cold", "filtered", "penalised"])
 def test_choices_are_those_of_one_process(pair_results, given, facts, found, name):
     from megatron_vlmr1.models.logprobs import Vocabulary
     from megatron_vlmr1.rollout.sampling import choose
@@ -66,15 +66,22 @@ def test_choices_are_those_of_one_process(pair_results, given, facts, found, nam
     with ranks.alone() as mesh, torch.no_grad():
         whole = Vocabulary(facts["size"] + 1, facts["size"], facts["banned"], mesh.tp_group, torch.device("cpu"))
         logits = whole.logits(given["hidden"], given["weight"])
-        random = None if name == "greedy" else given["random"]
-        tokens, logprobs = choose(logits, whole, samplings()[name], random)
+        random = None if name in ("greedy", "penalised") else given["random"]
+        choice = choose(logits, whole, samplings()[name], random, given["seen"])
+    tokens, logprobs, drawn = choice
     for seen in found:
         assert seen[f"{name}_tokens"].tolist() == tokens.tolist()
-        assert torch.allclose(seen[f"{name}_logprobs"], logprobs, rtol=0, atol=1e-5)
+        for field, value in choice._asdict().items():
+            assert torch.allclose(seen[f"{name}_{field}"], value, rtol=0, atol=1e-5), field
     assert not torch.isin(tokens, torch.tensor(facts["banned"])).any() and int(tokens.max()) < facts["size"]
     assert len(tokens.unique()) > 20
     table = torch.log_softmax(masked_logits(given, facts), dim=-1)
     assert torch.allclose(table.gather(1, tokens[:, None])[:, 0], logprobs, rtol=0, atol=1e-5)
+    if name in ("greedy", "drawn"):
+        assert torch.equal(drawn, logprobs)
+    if name == "cold":
+        colder = torch.log_softmax(table / 0.5, dim=-1)
+        assert torch.allclose(colder.gather(1, tokens[:, None])[:, 0], drawn, rtol=0, atol=1e-5)
     if name == "greedy":
         assert tokens.tolist() == table.argmax(-1).tolist()
     if name == "drawn":  # from either end of [0, 1)

@@ -15,25 +15,27 @@ from safetensors.torch import save_file
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint import weights, writer
-from megatron_vlmr1.data.packing import PackedGroup, model_input, pack
+from megatron_vlmr1.data.packing import MicroBatch, PackedGroup, model_input, pack
 from megatron_vlmr1.grpo.reference import Reference
 from megatron_vlmr1.grpo.update import GrpoUpdate, Updater
 from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.models.policy import Policy
+from megatron_vlmr1.models.vlm import gather_hidden
 from megatron_vlmr1.parallel import optimizer as parallel_optimizer
+from megatron_vlmr1.parallel import schedule
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.rollout.sampling import Sampling
 from megatron_vlmr1.types import Completion, Group, Prompt
 from tests.checkpoints import banned_ids, mixed_prompts
-from tests.distributed.ranks import TWO_RANKS, layout
+from tests.distributed.ranks import REPLAYED, TWO_RANKS, layout
 
 GENERATIONS = 4
 MAX_NEW_TOKENS = 10
 LEARNING_RATE = 7e-4  # the quickstart's
 STEPS = 10
 STOPS = frozenset(range(5, 512, 16))
-SMALL, LARGE = 40, 10_000  # tokens of a micro-batch: one group each, and everything mixed
+SMALL, LARGE = 40, 10_000  # tokens of a micro-batch: one group each, long ones cut; and everything mixed
 
 
 def settings(micro_batch_tokens: int = LARGE, **sections: Any) -> config.Config:
@@ -57,19 +59,26 @@ def load_policy(
     freeze_vision: bool = False,
     banned: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
+    recompute: config.RecomputeConfig | None = None,
 ) -> Policy:
     """Build the model of `directory`; `banned_ids` are its banned tokens unless others are given."""
     banned = banned_ids(directory) if banned is None else banned
-    policy = Policy(read_shape(directory), mesh, dtype, banned, freeze_vision)
-    weights.load(policy.model, weights.HfWeights(directory))
+    policy = Policy(read_shape(directory), mesh, dtype, banned, freeze_vision, recompute)
+    weights.load(policy.chunks, weights.HfWeights(directory))
     return policy
 
 
-def with_reference(directory: Path, reference: Path, mesh: Mesh, freeze_vision: bool = False) -> tuple[Policy, Any]:
+def with_reference(
+    directory: Path,
+    reference: Path,
+    mesh: Mesh,
+    freeze_vision: bool = False,
+    recompute: config.RecomputeConfig | None = None,
+) -> tuple[Policy, Any]:
     """Build the policy and a reference that differs from it."""
-    policy = load_policy(reference, mesh, freeze_vision)
+    policy = load_policy(reference, mesh, freeze_vision, recompute=recompute)
     remembered = Reference(policy)
-    weights.load(policy.model, weights.HfWeights(directory))
+    weights.load(policy.chunks, weights.HfWeights(directory))
     return policy, remembered
 
 
@@ -133,10 +142,19 @@ def logits(policy: Policy, prompts: Sequence[Prompt], target: Path) -> None:
     """Write the logits [T, vocabulary] of each prompt, all packed in one row; the last stage's first rank writes."""
     mesh = policy.mesh
     batch = pack([PackedGroup(p, (), ()) for p in prompts], policy.shape.image_token_id, mesh.tp_size)
-    hidden = engine(policy).hidden(model_input(batch, policy))
-    if hidden is None:
+    found: list[torch.Tensor] = []
+
+    def keep(hidden: torch.Tensor, _: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        found.append(policy.vocabulary.logits(gather_hidden(policy.chunks[-1], hidden), policy.output_weight()))
+        return hidden.new_zeros(()), {}
+
+    def forward(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+        return model(model_input(batch, policy))
+
+    schedule.run(policy.chunks, [batch] * mesh.pp_size, forward, keep, mesh, forward_only=True)
+    if not found:
         return
-    local = policy.logits(hidden, torch.arange(len(batch.token_ids)))
+    local = found[0]
     parts = [torch.empty_like(local) for _ in range(mesh.tp_size)]
     dist.all_gather(parts, local, group=mesh.tp_group)
     if mesh.tp_rank == 0 and mesh.dp_rank == 0:
@@ -147,20 +165,20 @@ def logits(policy: Policy, prompts: Sequence[Prompt], target: Path) -> None:
 
 def write_gradients(policy: Policy, source: Path, target: Path) -> None:
     """Write the gradients of the step as a Hugging Face directory, through the checkpoint's own writer."""
-    mesh, ddp = policy.mesh, policy.ddp
-    assert ddp is not None
-    for buffer in ddp.buffers:
+    mesh = policy.mesh
+    assert policy.ddp
+    for buffer in (buffer for chunk in policy.ddp for buffer in chunk.buffers):
         for bucket in buffer.buckets:  # each data-parallel rank holds the sum of its part only
             part = bucket.grad_data.chunk(mesh.dp_size)[mesh.dp_rank].clone()
             parts = [torch.empty_like(part) for _ in range(mesh.dp_size)]
             dist.all_gather(parts, part, group=mesh.dp_group)
             bucket.grad_data.copy_(torch.cat(parts))
-    values = [p.data for p in policy.model.parameters()]
-    for parameter in policy.model.parameters():
+    values = [p.data for p in policy.parameters()]
+    for parameter in policy.parameters():
         gradient = getattr(parameter, "main_grad", None)
         parameter.data = torch.zeros_like(parameter.data) if gradient is None else gradient.detach().clone()
     write_weights(policy, source, target)
-    for parameter, value in zip(policy.model.parameters(), values, strict=True):
+    for parameter, value in zip(policy.parameters(), values, strict=True):
         parameter.data = value
 
 
@@ -169,7 +187,7 @@ def write_weights(policy: Policy, source: Path, target: Path) -> None:
     if policy.mesh.rank == 0:
         target.mkdir(parents=True)
     dist.barrier()
-    writer.save(policy.model, source, target)
+    writer.save(policy.chunks, source, target)
 
 
 class Still:
@@ -209,16 +227,23 @@ def all_checks(root: Path, name: str, mesh: Mesh) -> None:
     groups = replayed_groups(root / "untied", root / "one" / "sampled_0.json")
     for which in ("untied", "tied", "one_kv_head"):
         gradient_checks(root, out, which, mesh, groups)
-    if not mesh.sequence_parallel:
+    if name in ("one", *REPLAYED):
         ten_steps(root, out / "untied", root / "untied", mesh, groups, frozen=False)
         ten_steps(root, out / "untied_frozen", root / "untied", mesh, groups, frozen=True)
-    if mesh.world == 1 or mesh.pp_size > 1:
+    if name in ("one", "pp2", "pp2_vp2"):
         ten_steps(root, out / "tied", root / "tied", mesh, groups, frozen=False)
 
 
-def gradient_checks(root: Path, out: Path, which: str, mesh: Mesh, groups: list[Group]) -> None:
+def gradient_checks(
+    root: Path,
+    out: Path,
+    which: str,
+    mesh: Mesh,
+    groups: list[Group],
+    recompute: config.RecomputeConfig | None = None,
+) -> None:
     """Write the gradients of `groups` with small and with large micro-batches."""
-    policy, reference = with_reference(root / which, root / f"{which}_reference", mesh)
+    policy, reference = with_reference(root / which, root / f"{which}_reference", mesh, recompute=recompute)
     policy.wrap_for_training()
     for size in (SMALL, LARGE):
         metrics = still_update(policy, reference, size)(share(groups, mesh), 0.0)
@@ -238,7 +263,7 @@ def ten_steps(root: Path, out: Path, source: Path, mesh: Mesh, groups: list[Grou
     if mesh.rank == 0:
         (out / "metrics.json").write_text(json.dumps(metrics))
     if policy.shape.text.tied and mesh.is_last_stage:
-        weight = policy.model.output_weight().detach().clone()
+        weight = policy.chunks[-1].output_weight().detach().clone()
         save_file({"weight": weight}, out.with_name(f"{out.name}_output_layer.safetensors"))
 
 

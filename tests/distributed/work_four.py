@@ -36,9 +36,9 @@ def round_trips(root: Path) -> None:
 
 def _padding(policy: Policy) -> dict[str, Any]:
     """Count the rows of this rank's embedding and output layer, and add up what is in the padding of the last rank."""
-    mesh, model = policy.mesh, policy.model
-    weights = [model.output_weight()] if mesh.is_last_stage else []
-    weights += [model.language.embedding.word_embeddings.weight] if mesh.is_first_stage else []
+    mesh = policy.mesh
+    weights = [policy.chunks[-1].output_weight()] if mesh.is_last_stage else []
+    weights += [policy.chunks[0].language.embedding.word_embeddings.weight] if mesh.is_first_stage else []
     last = mesh.tp_rank + 1 == mesh.tp_size
     rows = -policy.shape.text.vocab_size % mesh.tp_size if last else 0
     return {"rows": [len(w) for w in weights], "padding": [float(w[len(w) - rows :].abs().sum()) for w in weights]}

@@ -28,13 +28,13 @@ def everything(root: Path) -> None:
     """All of it in one job."""
     with layout("tp2") as mesh:
         vocabulary(root, mesh)
-    for name in ("tp2", "pp2", "dp2"):
+    for name in ("tp2", "pp2", "pp2_vp2", "dp2"):
         with layout(name) as mesh:
             finite_check(root, name, mesh)
-    for name in ("dp2", "pp2", "tp2_sp"):
+    for name in ("dp2", "pp2", "pp2_vp2", "tp2_sp"):
         with layout(name) as mesh:
             lopsided(root, name, mesh)
-    for name, which in (("tp2", "untied"), ("dp2", "untied"), ("pp2", "tied")):
+    for name, which in (("tp2", "untied"), ("dp2", "untied"), ("pp2", "tied"), ("pp2_vp2", "tied")):
         with layout(name) as mesh:
             save_and_restore(root, name, root / which, mesh)
     with layout("dp2") as mesh:
@@ -57,7 +57,9 @@ def vocabulary(root: Path, mesh: Mesh) -> None:
         logits = part.logits(hidden, weight)
         for name, sampling in samplings().items():
             random = None if sampling.greedy else given["random"]
-            out[f"{name}_tokens"], out[f"{name}_logprobs"] = choose(logits, part, sampling, random)
+            seen = given["seen"][:, mine]
+            for field, value in choose(logits, part, sampling, random, seen)._asdict().items():
+                out[f"{name}_{field}"] = value
     save_file(out, root / f"vocabulary_{mesh.tp_rank}.safetensors")
 
 
@@ -67,6 +69,10 @@ def samplings() -> dict[str, Sampling]:
         "greedy": Sampling(1, frozenset(), greedy=True),
         "drawn": Sampling(1, frozenset()),
         "cold": Sampling(1, frozenset(), temperature=0.5),
+        "filtered": Sampling(
+            1, frozenset(), temperature=1.5, repetition_penalty=1.3, top_k=100, top_p=0.8, min_p=0.005
+        ),
+        "penalised": Sampling(1, frozenset(), greedy=True, repetition_penalty=1.3),
     }
 
 
@@ -96,20 +102,21 @@ def finite_check(root: Path, name: str, mesh: Mesh) -> None:
     batches = updater.micro_batches(groups)
     seen: dict[str, Any] = {"metrics": [], "changed": [], "verdicts": []}
     for injected in (None, 0, 1):
-        ddp.zero_grad_buffer()
+        for chunk in ddp:
+            chunk.zero_grad_buffer()
         if injected == mesh.rank:
-            ddp.buffers[-1].grad_data[-1] = float("nan")
+            ddp[-1].buffers[-1].grad_data[-1] = float("nan")
         seen["verdicts"].append(parallel_optimizer.gradients_finite(ddp))
     try:
         for bad in (False, True, True, False, True, True, True):
-            before = [p.detach().clone() for p in policy.model.parameters()]
+            before = [p.detach().clone() for p in policy.parameters()]
             _, metrics = updater.step(batches, _loss(policy, bad and mesh.rank == 1), 1e-3)
             seen["metrics"].append(metrics)
-            changed = [not torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True)]
+            changed = [not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True)]
             seen["changed"].append(sum(changed))
     except RunStopped as error:
         seen |= {"code": error.code, "reason": error.reason}
-        seen["same"] = all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+        seen["same"] = all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
     seen["parameters"] = len(before)
     (root / f"finite_{name}_{mesh.rank}.json").write_text(json.dumps(seen))
 

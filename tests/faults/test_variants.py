@@ -59,3 +59,21 @@ def test_sft_on_two_data_parallel_ranks_learns_and_evaluates(tmp_path: Path, sha
     rows = [row for _, row in read_metrics(tmp_path / "run")]
     assert rows[0]["train/loss"] > rows[-1]["train/loss"] > 0
     assert rows[-1]["evaluate/heldout/samples"] == 8 and "evaluate/heldout/acc50" in rows[-1]
+
+
+@pytest.mark.timeout(150)
+def test_generation_on_copies_of_the_weights_in_another_layout(tmp_path: Path, shards: Path) -> None:
+    """Tensor-parallel training, one copy of the model on each rank for generation; the same run as without copies."""
+    rows = {}
+    for name, rollout in (("copies", {"tensor_model_parallel_size": 1}), ("training", {})):
+        config = jobs.write_config(
+            tmp_path, shards, name, rollout={"num_generations": 4, "max_new_tokens": 30, **rollout}
+        )
+        code, output = jobs.run("train", config, "train.steps=2", "train.save_every=0")
+        assert code == 0, output
+        rows[name] = [row for _, row in read_metrics(tmp_path / name)]
+    for ours, theirs in zip(rows["copies"], rows["training"], strict=True):
+        assert ours["rollout/logprob_gap"] <= 1e-4 and ours["reward/failed_frac"] == 0
+        for key in ("reward/mean", "reward/std", "rollout/length_mean", "train/tokens", "data/consumed"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-6), key
+        assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-3)

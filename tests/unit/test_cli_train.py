@@ -36,6 +36,7 @@ def refused(capfd: pytest.CaptureFixture[str], *words: object) -> str:
             "parallel.pipeline_model_parallel_size=3",
             "pipeline_model_parallel_size=3 does not divide the model's 4",
         ),
+        ("parallel.pipeline_layers=[4,1]", "parallel: pipeline_layers has 2 numbers; pipeline x virtual"),
         ("task=reck", "no task named reck; known: rec"),
         ("rewards.weights.iuo=1", "iuo"),
         ("model.path=asset:huge_vlm", "known: tiny_vlm"),

@@ -27,9 +27,10 @@ def vocabulary(mesh, rows: int, size: int, banned: list[int]) -> Vocabulary:
     return Vocabulary(rows, size, banned, mesh.tp_group, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("chunk_bytes", [64 << 20, 4 * 502 * 7, 1])
-def test_against_autograd(mesh, monkeypatch, chunk_bytes):
-    monkeypatch.setattr(logprobs, "CHUNK_BYTES", chunk_bytes)
+@pytest.mark.parametrize(("tile_bytes", "positions"), [(8 << 20, 4096), (4 * 33 * 70, 33), (4 * 5 * 60, 5), (1, 20)])
+def test_against_autograd(mesh, monkeypatch, tile_bytes, positions):
+    monkeypatch.setattr(logprobs, "TILE_BYTES", tile_bytes)
+    monkeypatch.setattr(logprobs, "TILE_POSITIONS", positions)
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(33, 16, generator=generator), torch.randn(502, 16, generator=generator)
     labels = torch.randint(6, 499, (33,), generator=generator)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_vlmr1.config import ParallelConfig
 from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.models.vision import encode, patch_cost, share_out
 from tests.checkpoints import plain_model, random_image, write_random_checkpoint
@@ -56,6 +57,15 @@ def test_cost_of_full_attention_grows_with_the_square(directory):
     assert patch_cost(windowed, (1, 80, 80)) == 4 * patch_cost(windowed, (1, 40, 40))
 
 
+def layout(tp: int = 1, pp: int = 1, vp: int = 1, layers: list[int] | None = None) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vp,
+        pipeline_layers=layers,
+    )
+
+
 @pytest.mark.parametrize(
     ("tp", "pp", "words"),
     [
@@ -70,19 +80,35 @@ def test_cost_of_full_attention_grows_with_the_square(directory):
 )
 def test_a_layout_that_does_not_divide(directory, tp, pp, words):
     with pytest.raises(ValueError, match=".") as caught:
-        read_shape(directory).check_layout(tp, pp)
+        read_shape(directory).check_layout(layout(tp, pp))
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_how_layers_are_cut_into_chunks(directory):
+    shape = read_shape(directory)  # four layers
+    for cut in (layout(pp=2, vp=2), layout(pp=2, layers=[1, 3]), layout(pp=2, vp=2, layers=[1, 1, 1, 1])):
+        shape.check_layout(cut)
+    assert layout(pp=2, vp=3).layers_by_chunk(12) == (2, 2, 2, 2, 2, 2)
+    assert layout(pp=2, vp=2, layers=[3, 5, 2, 1]).layers_by_chunk(11) == (3, 5, 2, 1)
+    with pytest.raises(ValueError, match="=2 x virtual_pipeline_model_parallel_size=3 does not divide the model's 4"):
+        shape.check_layout(layout(pp=2, vp=3))
+    with pytest.raises(ValueError, match=r"pipeline_layers=\[2, 3\] adds up to 5 layers, but the model has 4"):
+        shape.check_layout(layout(pp=2, layers=[2, 3]))
+    with pytest.raises(ValueError, match="pipeline_layers has 2 numbers; pipeline x virtual pipeline size is 4"):
+        layout(pp=2, vp=2, layers=[2, 2])
+    with pytest.raises(ValueError, match="virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1"):
+        layout(vp=2)
 
 
 def test_key_value_heads_and_ranks(directory):
     shape = read_shape(directory)
     odd = replace(shape, text=replace(shape.text, num_heads=12, num_kv_heads=3, ffn_hidden_size=96))
     with pytest.raises(ValueError, match="3 key/value heads: one must divide the other"):
-        odd.check_layout(2, 1)
-    odd.check_layout(3, 1)
-    odd.check_layout(6, 1)
+        odd.check_layout(layout(2))
+    odd.check_layout(layout(3))
+    odd.check_layout(layout(6))
     for tp, pp in ((1, 1), (2, 2), (4, 4)):
-        shape.check_layout(tp, pp)
+        shape.check_layout(layout(tp, pp))
 
 
 def test_more_ranks_than_the_layout_takes():

@@ -48,7 +48,8 @@ def test_every_module_and_data_file_is_in_the_wheel(installed):
 
 
 def test_the_installed_program_finds_its_files_from_any_directory(installed, tmp_path):
-    shipped = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+    shipped = sorted(str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.yaml"))
+    assert {f"recipe/{size}.yaml" for size in ("3b", "7b", "32b", "72b")} < set(shipped)
     code = (
         "import megatron_vlmr1, sys; from megatron_vlmr1.cli.common import find_config\n"
         "print(megatron_vlmr1.__file__)\n"
@@ -76,6 +77,7 @@ def test_the_wheel_says_what_it_is(installed):
     for line in ("Name: megatron-vlmr1", "License-Expression: Apache-2.0", "Requires-Python: >=3.11"):
         assert line in metadata
     assert {line for line in metadata.splitlines() if line.startswith("Provides-Extra")} == {
+        "Provides-Extra: bench",
         "Provides-Extra: cuda",
         "Provides-Extra: demo",
         "Provides-Extra: test",

@@ -116,20 +116,46 @@ def test_a_prompt_without_completions():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_split_by_tokens(seed):
+    """A micro-batch never exceeds the budget, except where a single completion with its prompt does."""
     rng = np.random.default_rng(seed)
     groups = [
-        group(prompt(i, int(rng.integers(1, 40))), *[[1] * int(rng.integers(1, 20))] * int(rng.integers(0, 5)))
-        for i in range(int(rng.integers(1, 30)))
+        group(prompt(i, int(rng.integers(1, 40))), *[[1] * int(rng.integers(1, 30)) for _ in range(g)], first=10 * i)
+        for i, g in enumerate(rng.integers(1, 6, int(rng.integers(1, 30))))
     ]
     budget, at_least = int(rng.integers(20, 200)), int(rng.integers(1, 4))
     parts = split_by_tokens(groups, budget, at_least)
-    assert [g for part in parts for g in part] == groups
-    assert all(parts)
+    assert all(parts) and len(parts) >= min(at_least, len(groups))
     for part in parts:
-        assert len(part) == 1 or sum(g.tokens for g in part) <= budget
+        tokens = len(pack(part, IMAGE, 1).token_ids)
+        assert tokens == sum(g.tokens for g in part)
+        assert tokens <= budget or (len(part) == 1 and len(part[0].completions) == 1)
     assert len(parts) >= sum(g.tokens for g in groups) / max(budget, *(g.tokens for g in groups))
-    for g, packed in zip(groups, (pack([g], IMAGE, 1) for g in groups), strict=True):
-        assert g.tokens == len(packed.token_ids)
+    found = {slot: (g, c) for part in parts for g in part for slot, c in zip(g.slots, g.completions, strict=True)}
+    assert len(found) == sum(len(g.completions) for g in groups)
+    for g in groups:
+        for slot, c in zip(g.slots, g.completions, strict=True):
+            assert found[slot][0].prompt is g.prompt and found[slot][1] is c
+    whole = {id(g) for part in parts for g in part}
+    assert all(id(g) in whole for g in groups if g.tokens <= budget)  # what fits is not cut
+
+
+def test_a_group_is_cut_between_completions():
+    long = group(prompt(0, 10), *[[1] * n for n in (6, 1, 11, 6)], first=3)
+    # A prompt of 10 and 5, 0, 10, 5 fed tokens in 20: the longest fills one part, twice five the other.
+    (first,), (second,) = split_by_tokens([long], 20)
+    assert (first.tokens, second.tokens) == (20, 20)
+    assert sorted([first.slots, second.slots]) == [(3, 6), (4, 5)]
+    parts = split_by_tokens([long], 10)
+    assert sorted(slot for (part,) in parts for slot in part.slots) == [3, 4, 5, 6] and len(parts) == 4
+    batch = pack(parts[0], IMAGE, 1)
+    assert batch.token_ids[:10].tolist() == long.prompt.token_ids.tolist()
+
+
+def test_micro_batches_are_balanced_by_cost():
+    groups = [group(prompt(i, n), [1]) for i, n in enumerate((30, 30, 10, 10))]
+    costs = {30: 1, 10: 9}
+    parts = split_by_tokens(groups, 60, 2, lambda g: costs[g.tokens])
+    assert [[g.prompt.position for g in part] for part in parts] == [[0, 2], [1, 3]]
 
 
 def test_split_makes_as_many_as_asked_for_where_groups_are_alike():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_vlmr1.models.logprobs import Vocabulary
-from megatron_vlmr1.rollout.sampling import Sampling, choose, uniforms
+from megatron_vlmr1.rollout.sampling import Sampling, choose, draw, streams
 from tests.distributed import ranks
 
 CRITICAL = 29.88  # of chi-square with 7 degrees of freedom at 1e-4
@@ -21,11 +21,15 @@ def mesh():
         yield mesh
 
 
-def draw(mesh, logits: torch.Tensor, sampling: Sampling, random: torch.Tensor | None, banned=()):
+def chosen(mesh, logits: torch.Tensor, sampling: Sampling, random: torch.Tensor | None, banned=()):
     vocabulary = Vocabulary(logits.shape[1], logits.shape[1], banned, mesh.tp_group, torch.device("cpu"))
     masked = logits.clone()
     masked[:, list(banned)] = -math.inf
-    return choose(masked, vocabulary, sampling, random)
+    return choose(masked, vocabulary, sampling, random)[:2]
+
+
+def uniforms(seed: int, prompts: np.ndarray, completions: np.ndarray, position: int) -> np.ndarray:
+    return draw(streams(seed, prompts, completions), np.full_like(prompts, position))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
@@ -33,7 +37,7 @@ def test_the_distribution(mesh, temperature, record_property):
     n, row = 40_000, torch.tensor([1.0, 0.0, -1.0, 2.0, 0.5, -0.5, 1.5, 0.2, 3.0])
     ids = np.arange(n)
     random = torch.from_numpy(uniforms(7, ids // 8, ids % 8, 3))
-    tokens, logprobs = draw(mesh, row.repeat(n, 1), Sampling(1, frozenset(), temperature), random, banned=[8])
+    tokens, logprobs = chosen(mesh, row.repeat(n, 1), Sampling(1, frozenset(), temperature), random, banned=[8])
     p = torch.softmax(row[:8] / temperature, 0).double()
     counts = torch.bincount(tokens, minlength=9).double()
     assert counts[8] == 0
@@ -46,7 +50,7 @@ def test_the_distribution(mesh, temperature, record_property):
 
 def test_greedy(mesh):
     logits = torch.randn(50, 33, generator=torch.Generator().manual_seed(0))
-    tokens, logprobs = draw(mesh, logits, Sampling(1, frozenset(), greedy=True), None, banned=[4, 32])
+    tokens, logprobs = chosen(mesh, logits, Sampling(1, frozenset(), greedy=True), None, banned=[4, 32])
     masked = logits.clone()
     masked[:, [4, 32]] = -math.inf
     assert tokens.tolist() == masked.argmax(1).tolist()
@@ -58,14 +62,14 @@ def test_the_ends_of_the_interval_pick_tokens_that_can_be(mesh, u):
     logits = torch.randn(500, 64, generator=torch.Generator().manual_seed(1)) * 20
     banned = [0, 1, 30, 62, 63]
     random = torch.full((500,), u, dtype=torch.float64)
-    tokens, logprobs = draw(mesh, logits, Sampling(1, frozenset()), random, banned)
+    tokens, logprobs = chosen(mesh, logits, Sampling(1, frozenset()), random, banned)
     assert not torch.isin(tokens, torch.tensor(banned)).any() and logprobs.isfinite().all()
 
 
 def test_one_token_has_all_the_probability(mesh):
     logits = torch.full((3, 6), -math.inf)
     logits[:, 4] = 1.0
-    tokens, logprobs = draw(mesh, logits, Sampling(1, frozenset()), torch.tensor([0.0, 0.5, 1 - 2.0**-53]).double())
+    tokens, logprobs = chosen(mesh, logits, Sampling(1, frozenset()), torch.tensor([0.0, 0.5, 1 - 2.0**-53]).double())
     assert tokens.tolist() == [4, 4, 4] and logprobs.tolist() == [0, 0, 0]
 
 

@@ -6,15 +6,10 @@ the nearest known key. String literals below a field document it.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from yaml import YAMLError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -65,10 +60,106 @@ class ParallelConfig(Section):
 
     tensor_model_parallel_size: PositiveInt = 1
     pipeline_model_parallel_size: PositiveInt = 1
+    virtual_pipeline_model_parallel_size: PositiveInt = 1
+    """Chunks of layers on each pipeline stage, which take turns (interleaved 1F1B); more of them, a smaller bubble."""
+    pipeline_layers: list[PositiveInt] | None = None
+    """Layers of each chunk in the order in which a token meets them: the first chunk of every stage, then the second
+    of every stage, and so on (pipeline x virtual numbers); equal shares when empty."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel group along the sequence."""
     timeout_s: PositiveInt = 600
     """A collective that takes longer ends the job."""
+
+    @property
+    def chunks(self) -> int:
+        """Number of pieces that the layers are cut into: pipeline x virtual."""
+        return self.pipeline_model_parallel_size * self.virtual_pipeline_model_parallel_size
+
+    @property
+    def ranks_of_a_copy(self) -> int:
+        """Ranks that hold one copy of the model: tensor x pipeline."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    def layers_by_chunk(self, num_layers: int) -> tuple[int, ...]:
+        """Return how many of a model's layers each chunk has; chunk c is on pipeline stage c mod the pipeline size.
+
+        Raises:
+            ValueError: the layers do not divide, or do not add up.
+        """
+        if self.pipeline_layers is None:
+            if num_layers % self.chunks:
+                virtual = self.virtual_pipeline_model_parallel_size
+                times = f" x virtual_pipeline_model_parallel_size={virtual}" if virtual > 1 else ""
+                raise ValueError(
+                    f"parallel.pipeline_model_parallel_size={self.pipeline_model_parallel_size}{times} does not divide "
+                    f"the model's {num_layers} layers; say in parallel.pipeline_layers how to cut them"
+                )
+            return (num_layers // self.chunks,) * self.chunks
+        if sum(self.pipeline_layers) != num_layers:
+            raise ValueError(
+                f"parallel.pipeline_layers={self.pipeline_layers} adds up to {sum(self.pipeline_layers)} layers, but "
+                f"the model has {num_layers}"
+            )
+        return tuple(self.pipeline_layers)
+
+    @model_validator(mode="after")
+    def _chunks_fit(self) -> ParallelConfig:
+        if self.virtual_pipeline_model_parallel_size > 1 and self.pipeline_model_parallel_size == 1:
+            raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
+        if self.pipeline_layers is not None and len(self.pipeline_layers) != self.chunks:
+            raise ValueError(
+                f"pipeline_layers has {len(self.pipeline_layers)} numbers; pipeline x virtual pipeline size is "
+                f"{self.chunks}"
+            )
+        return self
+
+
+class RecomputeConfig(Section):
+    """Activations that backward computes again instead of keeping them: less memory, more time, the same numbers."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    """Of the language model. full: whole layers, of which only the input is kept; selective: parts of a layer."""
+    modules: list[Literal["core_attn", "mlp"]] | None = None
+    """The parts that selective computes again; core_attn when empty."""
+    method: Literal["uniform", "block"] | None = None
+    """With full. uniform (when empty): all layers, in units of num_layers; block: only the first num_layers layers of
+    each pipeline chunk, each a unit."""
+    num_layers: PositiveInt | None = None
+    """With full; 1 when empty."""
+    tower: bool = False
+    """Compute the vision tower's blocks again, each a unit; without effect on a frozen tower, which has no backward."""
+
+    @model_validator(mode="after")
+    def _options_of_the_granularity(self) -> RecomputeConfig:
+        given = {name for name in ("modules", "method", "num_layers") if getattr(self, name) is not None}
+        takes = {"none": set(), "selective": {"modules"}, "full": {"method", "num_layers"}}[self.granularity]
+        if given - takes:
+            raise ValueError(f"granularity={self.granularity} does not take {min(given - takes)}")
+        return self
+
+    def megatron_core(self) -> dict[str, Any]:
+        """Return the language model's part as megatron-core's own settings."""
+        if self.granularity == "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": list(self.modules or ["core_attn"])}
+        if self.granularity == "full":
+            method, num_layers = self.method or "uniform", self.num_layers or 1
+            return {
+                "recompute_granularity": "full",
+                "recompute_method": method,
+                "recompute_num_layers": num_layers,
+            }
+        return {}
+
+    def check(self, layers_by_chunk: Sequence[int]) -> None:
+        """Refuse units that do not divide a pipeline chunk.
+
+        Raises:
+            ValueError: names the chunk's layers.
+        """
+        unit = 1 if self.method == "block" else self.num_layers or 1
+        for layers in layers_by_chunk:
+            if layers % unit:
+                raise ValueError(f"recompute.num_layers={unit} does not divide the {layers} layers of a pipeline chunk")
 
 
 class OptimizerConfig(Section):
@@ -95,8 +186,22 @@ class RolloutConfig(Section):
     """Completions per prompt (G)."""
     max_new_tokens: PositiveInt = 256
     temperature: PositiveFloat = 1.0
+    top_k: NonNegativeInt = 0
+    """Sample among so many likeliest tokens; 0 among all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample among the likeliest tokens whose probabilities reach this."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Sample among tokens of at least this share of the likeliest one's probability."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Above 1, tokens of the prompt and of the completion so far become less likely."""
+    tensor_model_parallel_size: PositiveInt | None = None
+    """With this or the next one set, generation runs on a copy of the weights in this layout: 1 x 1 where one is empty.
+    The training layout's own ranks hold it, so tensor x pipeline must divide theirs; the rest share out the prompts."""
+    pipeline_model_parallel_size: PositiveInt | None = None
     max_cache_tokens: PositiveInt = 262_144
-    """Tokens of key/value cache per rank; prompts wait until they fit."""
+    """Tokens of key/value cache per rank; completions wait until they fit."""
+    max_prefill_tokens: PositiveInt = 32_768
+    """Packed prompt tokens of one forward pass of the rollout; a single longer prompt gets one of its own."""
 
 
 # Clip ranges (epsilon_low, epsilon_high) of the algorithms that need other ones than GRPO's.
@@ -132,7 +237,8 @@ class GrpoConfig(Section):
     def _clip_range_of_the_algorithm(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        given = {key: value for key, value in raw.items() if value is not None}
+        empty = {key for key in ("epsilon_low", "epsilon_high") if raw.get(key) is None}
+        given = {key: value for key, value in raw.items() if key not in empty}
         own = _CLIP_RANGES.get(str(raw.get("algorithm")))
         return given if own is None else {"epsilon_low": own[0], "epsilon_high": own[1], **given}
 
@@ -161,9 +267,12 @@ class TrainConfig(Section):
     prompts_per_step: PositiveInt = 16
     """Prompts (grpo) or samples (sft) of one optimizer step, over all data-parallel ranks."""
     micro_batch_tokens: PositiveInt = 8192
-    """Packed tokens of one micro-batch per rank; a single longer group gets one of its own."""
+    """Packed tokens of one micro-batch per rank, at most. A longer group is cut between completions, its prompt
+    repeated; only a single completion that is too long together with its prompt gets more."""
     micro_batches: PositiveInt | None = None
     """At least this many micro-batches a step; the pipeline size when empty."""
+    balance: bool = True
+    """Exchange groups between data-parallel ranks before the update, so that each has about as much to compute."""
     save_every: NonNegativeInt = 100
     """Checkpoint after every so many steps, and after the last; 0 saves only the last."""
     keep_checkpoints: PositiveInt = 2
@@ -185,6 +294,18 @@ class EvaluateConfig(Section):
     """Besides greedy answers, sample one at the rollout's temperature for reward_mean."""
 
 
+class DebugConfig(Section):
+    """Half a GRPO step at a time: generate without training, train without generating."""
+
+    save_rollouts: bool = False
+    """Write each step's completions and scores to run_dir/rollouts."""
+    replay_rollouts: str | None = None
+    """Directory of saved rollouts; steps take completions and scores from there, and neither generate nor score. Same
+    data, seed and prompts per step as the run that saved them; any data-parallel size."""
+    skip_update: bool = False
+    """Generate and score, but leave the policy as it is."""
+
+
 class Config(Section):
     """One run."""
 
@@ -198,12 +319,22 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     rollout: RolloutConfig = RolloutConfig()
     grpo: GrpoConfig = GrpoConfig()
     rewards: RewardsConfig = RewardsConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    debug: DebugConfig = DebugConfig()
+
+    @model_validator(mode="after")
+    def _debug_fits(self) -> Config:
+        if self.method != "grpo" and self.debug != DebugConfig():
+            raise ValueError("debug.* is about rollouts: it needs method=grpo")
+        if self.debug.replay_rollouts is not None and self.train.evaluate_every:
+            raise ValueError("debug.replay_rollouts starts no rewards: it needs train.evaluate_every=0")
+        return self
 
     @model_validator(mode="after")
     def _group_of_two(self) -> Config:
@@ -214,54 +345,25 @@ class Config(Section):
                 f"grpo.overlong_buffer_tokens={self.grpo.overlong_buffer_tokens} must be less than "
                 f"rollout.max_new_tokens={self.rollout.max_new_tokens}"
             )
+        decoding, training = decoding_layout(self), self.parallel
+        if decoding is not None and training.ranks_of_a_copy % decoding.ranks_of_a_copy:
+            raise ValueError(
+                f"rollout.tensor_model_parallel_size={decoding.tensor_model_parallel_size} x rollout."
+                f"pipeline_model_parallel_size={decoding.pipeline_model_parallel_size} does not divide the "
+                f"{training.ranks_of_a_copy} ranks that hold one copy of the model in training"
+            )
         if self.parallel.sequence_parallel and self.parallel.tensor_model_parallel_size == 1:
             raise ValueError("parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1")
         return self
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply dotted overrides, validate.
-
-    Raises:
-        ValueError: one line naming the file and the key, with the nearest known key for a typo.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such config file")
-    try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        raw = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable config: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: a config is a mapping of sections")
-    return parse({str(key): value for key, value in raw.items()}, str(path))
-
-
-def parse(raw: dict[str, Any], origin: str) -> Config:
-    """Validate a nested dict; `origin` names it in errors.
-
-    Raises:
-        ValueError: one line with the first few problems.
-    """
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        problems = [_explain(e["loc"], e["type"], e["msg"]) for e in error.errors()]
-        raise ValueError(f"{origin}: " + "; ".join(problems[:3])) from error
-
-
-def dump(config: Config) -> str:
-    """Return the resolved config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-
-
-def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
-    key = ".".join(str(part) for part in loc)
-    if kind != "extra_forbidden":
-        return f"{key}: {message}" if key else message.removeprefix("Value error, ")
-    section: Any = Config
-    for part in loc[:-1]:
-        section = section.model_fields[str(part)].annotation
-    near = difflib.get_close_matches(str(loc[-1]), section.model_fields, n=1, cutoff=0.5)
-    return f"unknown key {key}" + (f"; did you mean {'.'.join(str(p) for p in (*loc[:-1], near[0]))}?" if near else "")
+def decoding_layout(cfg: Config) -> ParallelConfig | None:
+    """Return the layout that generates, where it is not the training layout."""
+    tensor, pipeline = cfg.rollout.tensor_model_parallel_size, cfg.rollout.pipeline_model_parallel_size
+    if tensor is None and pipeline is None:
+        return None
+    return ParallelConfig(
+        tensor_model_parallel_size=tensor or 1,
+        pipeline_model_parallel_size=pipeline or 1,
+        timeout_s=cfg.parallel.timeout_s,
+    )

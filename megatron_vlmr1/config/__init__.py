@@ -1,0 +1,37 @@
+"""Every setting: `settings` holds them with their meanings and defaults, `files` reads and writes them."""
+
+from megatron_vlmr1.config.files import dump, load, parse
+from megatron_vlmr1.config.settings import (
+    Config,
+    DataConfig,
+    DebugConfig,
+    EvaluateConfig,
+    GrpoConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RecomputeConfig,
+    RewardsConfig,
+    RolloutConfig,
+    TrainConfig,
+    decoding_layout,
+)
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "DebugConfig",
+    "EvaluateConfig",
+    "GrpoConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RecomputeConfig",
+    "RewardsConfig",
+    "RolloutConfig",
+    "TrainConfig",
+    "decoding_layout",
+    "dump",
+    "load",
+    "parse",
+]

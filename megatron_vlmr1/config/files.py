@@ -1,0 +1,64 @@
+"""A config from a YAML file and dotted overrides, and back to YAML."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+from yaml import YAMLError
+
+from megatron_vlmr1.config.settings import Config
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply dotted overrides, validate.
+
+    Raises:
+        ValueError: one line naming the file and the key, with the nearest known key for a typo.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config file")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        raw = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a readable config: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: a config is a mapping of sections")
+    return parse({str(key): value for key, value in raw.items()}, str(path))
+
+
+def parse(raw: dict[str, Any], origin: str) -> Config:
+    """Validate a nested dict; `origin` names it in errors.
+
+    Raises:
+        ValueError: one line with the first few problems.
+    """
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        problems = [_explain(e["loc"], e["type"], e["msg"]) for e in error.errors()]
+        raise ValueError(f"{origin}: " + "; ".join(problems[:3])) from error
+
+
+def dump(config: Config) -> str:
+    """Return the resolved config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
+    key = ".".join(str(part) for part in loc)
+    if kind != "extra_forbidden":
+        message = message.removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
+    section: Any = Config
+    for part in loc[:-1]:
+        section = section.model_fields[str(part)].annotation
+    near = difflib.get_close_matches(str(loc[-1]), section.model_fields, n=1, cutoff=0.5)
+    return f"unknown key {key}" + (f"; did you mean {'.'.join(str(p) for p in (*loc[:-1], near[0]))}?" if near else "")
