@@ -37,7 +37,7 @@ def save(policy: Policy, optimizer: MegatronOptimizer, progress: dict[str, Any],
         optimizer_directory.mkdir()
         (directory / "progress.json").write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
     torch.distributed.barrier()
-    _initialise(optimizer)
+    _initialise(optimizer)  # there may have been no step yet
     dist_checkpointing.save(_sharded(policy, optimizer, is_loading=False), str(optimizer_directory))
     save_file(_generators(), directory / f"rng_{policy.mesh.rank:05d}.safetensors")
 
@@ -83,10 +83,7 @@ def _sharded(policy: Policy, optimizer: MegatronOptimizer, is_loading: bool) -> 
 
 
 def _initialise(optimizer: MegatronOptimizer) -> None:
-    """Give torch's Adam its state before the first step: megatron-core 0.16 reads "step" from it.
-
-    A run may be saved before its first step, too: all steps so far were skipped.
-    """
+    """Give torch's Adam its state before the first step: megatron-core 0.16 reads "step" from it."""
     (inner,) = optimizer.chained_optimizers
     if isinstance(inner.optimizer, torch.optim.Adam | torch.optim.AdamW) and not inner.optimizer.state:
         for group in inner.optimizer.param_groups:

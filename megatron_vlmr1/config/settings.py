@@ -237,7 +237,8 @@ class GrpoConfig(Section):
     def _clip_range_of_the_algorithm(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        given = {key: value for key, value in raw.items() if value is not None}
+        empty = {key for key in ("epsilon_low", "epsilon_high") if raw.get(key) is None}
+        given = {key: value for key, value in raw.items() if key not in empty}
         own = _CLIP_RANGES.get(str(raw.get("algorithm")))
         return given if own is None else {"epsilon_low": own[0], "epsilon_high": own[1], **given}
 

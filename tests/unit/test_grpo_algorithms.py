@@ -134,7 +134,7 @@ def test_clip_ranges():
         ({"epsilon_low": 0}, "grpo.epsilon_low: Input should be greater than 0"),
         ({"truncated_importance": 0}, "grpo.truncated_importance: Input should be greater than 0"),
         ({"overlong_buffer_tokens": 20}, "grpo.overlong_buffer_tokens=20 must be less than rollout.max_new_tokens=20"),
-        ({"epsilon": 0.2}, "unknown key grpo.epsilon; did you mean grpo.epsilon_"),
+        ({"epsilon": None}, "unknown key grpo.epsilon; did you mean grpo.epsilon_"),
     ],
 )
 def test_refusals(settings, says):

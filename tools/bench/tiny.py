@@ -136,7 +136,7 @@ def policy(directory: Path, mesh: Mesh, freeze_vision: bool = False) -> Policy:
     """Load the model in fp32; only vision tokens are banned, so that the whole vocabulary takes part."""
     banned = sorted(VisionTokens.from_pretrained(directory).ids)
     out = Policy(read_shape(directory), mesh, torch.float32, banned, freeze_vision)
-    weights.load(out.model, weights.HfWeights(directory))
+    weights.load(out.chunks, weights.HfWeights(directory))
     return out
 
 
