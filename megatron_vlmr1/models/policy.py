@@ -73,7 +73,8 @@ class Policy:
             return None
         new = {image.digest: image for image in images if image.digest not in self._features}
         if new:
-            with torch.no_grad():
+            # Not tensors of inference mode, in which a rollout asks: training passes may reuse them.
+            with torch.inference_mode(False), torch.no_grad():
                 rows = encode_images(self.chunks[0], tuple(new.values()))
             self._features.update(zip(new, rows, strict=True))
         return tuple(self._features[image.digest] for image in images)

@@ -52,7 +52,7 @@ class Engine:
     def release(self) -> None:
         """Give back what is needed between rollout and update only: nothing where the training weights generate."""
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(
         self,
         prompts: Sequence[Prompt],
