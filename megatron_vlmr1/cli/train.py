@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Start the ranks, or be one."""
     from megatron_vlmr1 import config
     from megatron_vlmr1.launch.local import new_attempt
+    from megatron_vlmr1.runtime.lock import held
     from megatron_vlmr1.train.check import check_inputs
 
     cfg = load_config(args.config, args.overrides)
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     if identity() is not None:
         return _be_a_rank(cfg)
     check_inputs(cfg)
+    with held(Path(cfg.run_dir)):
+        pass  # to be told at once; rank 0 holds it while it runs
     return run_here(cfg, args.nproc, ["train", args.config, *args.overrides], new_attempt(cfg.run_dir))
 
 

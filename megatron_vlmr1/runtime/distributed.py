@@ -80,3 +80,19 @@ def any_rank(flag: bool) -> bool:
     value = torch.tensor([float(flag)], device=device.device())
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return bool(value)
+
+
+def agree(problem: str) -> None:
+    """Go on if no rank has a problem; all ranks call it after work of their own that may fail.
+
+    Args:
+        problem: what went wrong on this rank, or nothing.
+
+    Raises:
+        OSError: the problem of the first rank that has one, in one line; the same on all ranks.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    first = torch.tensor([rank if problem else world], device=device.device())
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    if int(first) < world:
+        raise OSError(" ".join(broadcast_text(problem, int(first)).split()))

@@ -8,10 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vlmr1.checkpoint import state, writer
 from megatron_vlmr1.checkpoint.store import Store, flush_tree
@@ -97,53 +94,55 @@ class Checkpoints:
             RunStopped: the third save in a row failed (exit code 17).
         """
         step = int(progress["step"])
-        temporary = self._begin(step)
-        problem = "its directory could not be made"
-        if temporary is not None:
-            problem = self._write(actor, optimizer, progress, temporary)
-            if self.mesh.rank == 0:
-                problem = problem or self._publish(step, temporary)
-        if not distributed.any_rank(bool(problem)):
-            self._failed = 0
-            logger.info("checkpoint of step %d: %s", step, self.store.path(step))
-            return True
-        self._failed += 1
-        logger.error("checkpoint of step %d failed (%d in a row): %s", step, self._failed, problem or "another rank")
-        if self._failed >= _FAILURES:
-            raise RunStopped(STOPPED, f"{_FAILURES} checkpoints in a row could not be saved: {problem}")
-        return False
+        try:
+            temporary = self._begin(step)
+            try:
+                self._write(actor, optimizer, progress, temporary)
+            except OSError:
+                if self.mesh.rank == 0:
+                    self.store.discard(temporary)
+                raise
+            distributed.agree(self._publish(step, temporary) if self.mesh.rank == 0 else "")
+        except OSError as error:  # the same on all ranks
+            self._failed += 1
+            logger.error("checkpoint of step %d failed (%d in a row): %s", step, self._failed, error)
+            if self._failed >= _FAILURES:
+                raise RunStopped(STOPPED, f"{_FAILURES} checkpoints in a row could not be saved: {error}") from error
+            return False
+        self._failed = 0
+        logger.info("checkpoint of step %d: %s", step, self.store.path(step))
+        return True
 
-    def _begin(self, step: int) -> Path | None:
-        name = ""
+    def _begin(self, step: int) -> Path:
+        name = problem = ""
         if self.mesh.rank == 0:
             try:
                 temporary = self.store.begin(step)
+                name = temporary.name
                 (temporary / "hf").mkdir()
                 (temporary / "state").mkdir()
-                name = temporary.name
             except OSError as error:
-                logger.error("checkpoint of step %d: %s", step, error)
-        name = distributed.broadcast_text(name)
-        return self.store.directory / name if name else None
+                problem = str(error)
+                if name:
+                    self.store.discard(temporary)
+        distributed.agree(problem)
+        return self.store.directory / distributed.broadcast_text(name)
 
-    def _write(self, actor: Actor, optimizer: MegatronOptimizer, progress: dict[str, Any], temporary: Path) -> str:
-        """Write all files; return what went wrong, or nothing. Ranks learn of each other's failure here."""
-        problem = ""
-        try:
-            writer.save(actor.policy.chunks, actor.directory, temporary / "hf")
-            state.save(actor.policy, optimizer, progress, temporary / "state")
-            dist.barrier()
-            me = identity()
-            if me is not None and me.local_rank == 0 and self.mesh.rank != 0:
+    def _write(self, actor: Actor, optimizer: MegatronOptimizer, progress: dict[str, Any], temporary: Path) -> None:
+        """Write all files.
+
+        Raises:
+            OSError: some rank could not; the same line on every rank.
+        """
+        writer.save(actor.policy.chunks, actor.directory, temporary / "hf")
+        state.save(actor.policy, optimizer, progress, temporary / "state")
+        me, problem = identity(), ""
+        if me is not None and me.local_rank == 0 and self.mesh.rank != 0:
+            try:
                 flush_tree(temporary)  # rank 0 flushes what its own node wrote as it publishes
-        except (OSError, SafetensorError, CheckpointException) as error:
-            problem = str(error) or repr(error)
-        if distributed.any_rank(bool(problem)):
-            dist.barrier()
-            if self.mesh.rank == 0:
-                self.store.discard(temporary)
-            problem = problem or "another rank could not write"
-        return problem
+            except OSError as error:
+                problem = str(error)
+        distributed.agree(problem)
 
     def _publish(self, step: int, temporary: Path) -> str:
         facts = {

@@ -8,6 +8,7 @@ import time
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.rewards import tasks
 from megatron_vlmr1.rewards.judges import judges
 from megatron_vlmr1.rollout.actor import Actor
-from megatron_vlmr1.runtime import device, distributed
+from megatron_vlmr1.runtime import device, distributed, lock
 from megatron_vlmr1.runtime.signals import StopFlag
 from megatron_vlmr1.telemetry import console, nvml
 from megatron_vlmr1.telemetry.files import write_atomic
@@ -48,7 +49,10 @@ class Run:
             ValueError: the user's input does not fit together; one line.
         """
         self.cfg, self.mesh, self.stop = cfg, mesh, stop
+        self.step = 0
+        stack.push(self._tell_step)
         self.run_dir = Path(cfg.run_dir)
+        self._lock(stack)
         self.task = tasks.get(cfg.task)
         self.shards = ShardSet.open(cfg.data.train)
         self.splits = {name: ShardSet.open(path) for name, path in cfg.data.evaluate.items()}
@@ -80,6 +84,23 @@ class Run:
             self.metrics.truncate_after(self.step)
             write_atomic(self.run_dir / "config.yaml", config.dump(cfg).encode())
         self._started = time.perf_counter()
+
+    def _tell_step(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        """Let an end of the run say after how many steps it came, wherever it was raised."""
+        if isinstance(error, RunStopped) and error.step is None:
+            error.step = self.step
+
+    def _lock(self, stack: ExitStack) -> None:
+        problem = ""
+        if self.mesh.rank == 0:
+            try:
+                stack.enter_context(lock.held(self.run_dir))
+            except (OSError, ValueError) as error:
+                problem = str(error)
+        if problem := distributed.broadcast_text(problem):
+            raise ValueError(problem)
 
     @property
     def replays(self) -> bool:
