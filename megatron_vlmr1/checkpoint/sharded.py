@@ -28,6 +28,13 @@ from megatron_vlmr1.runtime import distributed
 _THREADS = 2  # and files, of each rank
 
 
+class _Writer(torch_checkpoint.FileSystemWriter):
+    @property
+    def checkpoint_id(self) -> str:
+        """Text, because it is pickled into the metadata, and paths are not among what is read from there."""
+        return str(self.path)
+
+
 def save(state: dict[str, Any], directory: Path) -> None:
     """Write a sharded state dict into an empty directory; all ranks call it.
 
@@ -56,7 +63,7 @@ def _write_common(common: dict[str, Any], directory: Path) -> str:
 
 def _write_sharded(sharded: dict[str, Any], directory: Path) -> str:
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
-    writer = torch_checkpoint.FileSystemWriter(directory, sync_files=False, thread_count=_THREADS)
+    writer = _Writer(directory, sync_files=False, thread_count=_THREADS)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     try:
         torch_checkpoint.save(mcore_to_pyt_state_dict(by_key, False), storage_writer=writer, planner=planner)

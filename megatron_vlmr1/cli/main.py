@@ -24,8 +24,8 @@ VERBS = ("train", "evaluate", "generate", "convert", "shards", "rewards", "repor
 CRASHED = 70  # an error of ours; sysexits.h EX_SOFTWARE, because 1 says that a check found differences
 _DESCRIPTION = "R1-style reinforcement learning for vision-language models on megatron-core."
 _EPILOG = """\
-example:
-  vlmr1 train configs/quickstart.yaml --nproc 2 train.steps=20
+example, on the data that the quickstart made:
+  vlmr1 train configs/quickstart.yaml --nproc 2 run_dir=runs/short train.steps=20
 
 exit codes: 0 done; 1 a check found differences or damage; 2 wrong input; 17 stopped itself, requeueing would not
 help; 85 checkpointed on a signal or time limit, please requeue; anything else is a crash.

@@ -51,6 +51,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def is_first() -> bool:
+    """Whether this is rank 0 of the world."""
+    return dist.get_rank() == 0
+
+
 def broadcast_text(text: str, source: int = 0, group: dist.ProcessGroup | None = None) -> str:
     """Give every rank of the group the text of global rank `source`."""
     data = text.encode() if dist.get_rank() == source else b""

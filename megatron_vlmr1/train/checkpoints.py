@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint import state, writer
 from megatron_vlmr1.checkpoint.store import Store, flush_tree
 from megatron_vlmr1.config import Config
@@ -72,16 +73,7 @@ class Checkpoints:
             ValueError: the run was started with a config that means something else; names the first such key.
         """
         progress = state.load(actor.policy, optimizer, path / "state")
-        mine, theirs = _flat(self.cfg.model_dump(mode="json")), _flat(progress["config"])
-        for key in sorted(mine.keys() | theirs.keys()):
-            free = key.startswith(_FREE_SECTIONS) or key in _FREE_KEYS
-            if key == "train.steps":  # a decaying learning rate depends on it
-                free = self.cfg.optimizer.decay == "constant"
-            if not free and mine.get(key) != theirs.get(key):
-                raise ValueError(
-                    f"{self.cfg.run_dir} was started with {key}={theirs.get(key)}, not {mine.get(key)}; "
-                    "use another run_dir, or the old value to go on"
-                )
+        check_config(self.cfg, progress["config"])
         return progress
 
     def save(self, actor: Actor, optimizer: MegatronOptimizer, progress: dict[str, Any]) -> bool:
@@ -155,6 +147,27 @@ class Checkpoints:
         except OSError as error:
             return str(error)
         return ""
+
+
+def check_config(cfg: Config, saved: dict[str, Any]) -> None:
+    """Compare a config with the one that its run directory was started with, perhaps by another version.
+
+    Raises:
+        ValueError: they mean different runs; names the first key.
+    """
+    started, left_out = config.parse_saved(saved, f"{cfg.run_dir}: its config")
+    if left_out:
+        logger.warning("%s was started with keys that are not known here: %s", cfg.run_dir, ", ".join(left_out))
+    mine, theirs = _flat(cfg.model_dump(mode="json")), _flat(started.model_dump(mode="json"))
+    for key in sorted(mine.keys() | theirs.keys()):
+        free = key.startswith(_FREE_SECTIONS) or key in _FREE_KEYS
+        if key == "train.steps":  # a decaying learning rate depends on it
+            free = cfg.optimizer.decay == "constant"
+        if not free and mine.get(key) != theirs.get(key):
+            raise ValueError(
+                f"{cfg.run_dir} was started with {key}={theirs.get(key)}, not {mine.get(key)}; "
+                "use another run_dir, or the old value to go on"
+            )
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
