@@ -2,7 +2,8 @@
 # which has neither a container engine nor a GPU.
 #
 #   docker build --build-arg BASE=NGC_PYTORCH_IMAGE -t megatron-vlmr1 .
-#   docker run --rm --gpus all --ipc=host megatron-vlmr1 train configs/quickstart.yaml --nproc 8
+#   docker run --rm --gpus all --ipc=host -v /data:/data megatron-vlmr1 train configs/rec.yaml --nproc 8 \
+#       model.path=/data/Qwen2.5-VL-3B-Instruct data.train=/data/shards/rec run_dir=/data/runs/rec
 #
 # BASE is NVIDIA's PyTorch image from the NGC catalogue, tag 25.09-py3, which megatron-core pins for long-term support:
 # PyTorch, Transformer Engine, apex, flash attention and NCCL built against each other.

@@ -52,9 +52,9 @@ def write_config(folder: Path, shards: Path, name: str = "run", **sections: dict
     return path
 
 
-def start(*words: object) -> subprocess.Popen[str]:
-    """Start ``vlmr1 words…`` with its output joined in a pipe."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def start(*words: object, **variables: str) -> subprocess.Popen[str]:
+    """Start ``vlmr1 words…`` with its output joined in a pipe, and `variables` in its environment."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **variables}
     command = [sys.executable, "-m", "megatron_vlmr1.cli", *map(str, words)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=ROOT, start_new_session=True

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import megatron_vlmr1
 from megatron_vlmr1.checkpoint import store
 
 _ASSET = "asset:"
+_HASH_THREADS = min(8, os.cpu_count() or 1)
 
 
 def hf_directory(path: str | Path, check: bool = True) -> Path:
@@ -41,10 +44,15 @@ def hf_directory(path: str | Path, check: bool = True) -> Path:
 def weights_sha256(directory: Path) -> str:
     """Return one sha256 over a Hugging Face directory's weight files, in order of their names."""
     total = hashlib.sha256()
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        for digest in pool.map(_digest, sorted(directory.glob("*.safetensors"))):
+            total.update(digest)
     return total.hexdigest()
+
+
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _shipped(name: str) -> Path:

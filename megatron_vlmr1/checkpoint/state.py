@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from megatron_vlmr1.checkpoint import sharded
 from megatron_vlmr1.checkpoint.pickles import guarded
 from megatron_vlmr1.models.policy import Policy
-from megatron_vlmr1.runtime import device
+from megatron_vlmr1.runtime import device, distributed
 
 logger = logging.getLogger(__name__)
 
@@ -31,15 +33,14 @@ def save(policy: Policy, optimizer: MegatronOptimizer, progress: dict[str, Any],
         optimizer: its optimizer.
         progress: what `load` returns again: JSON values, the same on all ranks.
         directory: on a file system that all ranks share.
+
+    Raises:
+        OSError: some rank could not write; the same line on every rank.
     """
     optimizer_directory = directory / "optimizer"
-    if policy.mesh.rank == 0:
-        optimizer_directory.mkdir()
-        (directory / "progress.json").write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
-    torch.distributed.barrier()
+    distributed.agree(_write_own(progress, directory, optimizer_directory, policy.mesh.rank))
     _initialise(optimizer)  # there may have been no step yet
-    dist_checkpointing.save(_sharded(policy, optimizer, is_loading=False), str(optimizer_directory))
-    save_file(_generators(), directory / f"rng_{policy.mesh.rank:05d}.safetensors")
+    sharded.save(_sharded(policy, optimizer, is_loading=False), optimizer_directory)
 
 
 def load(policy: Policy, optimizer: MegatronOptimizer, directory: Path) -> dict[str, Any]:
@@ -75,6 +76,18 @@ def load(policy: Policy, optimizer: MegatronOptimizer, directory: Path) -> dict[
     if not isinstance(progress, dict):
         raise ValueError(f"{path}: not an object")
     return progress
+
+
+def _write_own(progress: dict[str, Any], directory: Path, optimizer_directory: Path, rank: int) -> str:
+    """Write this rank's own files; return what went wrong, or nothing."""
+    try:
+        if rank == 0:
+            optimizer_directory.mkdir()
+            (directory / "progress.json").write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
+        save_file(_generators(), directory / f"rng_{rank:05d}.safetensors")
+    except (OSError, SafetensorError) as error:
+        return str(error)
+    return ""
 
 
 def _sharded(policy: Policy, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:

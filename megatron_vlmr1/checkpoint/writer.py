@@ -40,16 +40,16 @@ def save(chunks: Sequence[VlmModel], source: Path, target: Path) -> None:
     """
     first = chunks[0]
     problem = _write_stage(chunks, target) if first.mesh.dp_rank == 0 else ""
-    if not distributed.any_rank(bool(problem)) and first.mesh.rank == 0:
+    distributed.agree(problem)
+    if first.mesh.rank == 0:
         try:
             copy_side_files(source, target)
             _state_dtype(target, first.dtype)
             _name_shards(target)
             HfWeights(target).check(first.shape)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             problem = str(error)
-    if distributed.any_rank(bool(problem)):
-        raise OSError(problem or "another rank could not write its weights")
+    distributed.agree(problem)
 
 
 def copy_side_files(source: Path, target: Path) -> None:

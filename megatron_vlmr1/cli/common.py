@@ -37,7 +37,7 @@ def configure_logging() -> None:
         ValueError: VLMR1_LOG is not a level.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.core|torch\.distributed")
     level = os.environ.get("VLMR1_LOG", "INFO").upper()
     if level not in _LEVELS:
         raise ValueError(f"VLMR1_LOG={level}: expected one of {', '.join(_LEVELS)}")
@@ -87,19 +87,51 @@ def load_config(name: str, overrides: Sequence[str]) -> Config:
     return config.load(find_config(name), checked_overrides(overrides))
 
 
+def rank_count(cfg: Config, nproc: int | None) -> int:
+    """Return how many ranks to start on this machine: `nproc`, or as many as one copy of the model takes.
+
+    Raises:
+        ValueError: fewer than one rank.
+    """
+    if nproc is not None and nproc < 1:
+        raise ValueError(f"--nproc {nproc}: at least one rank")
+    return nproc or cfg.parallel.ranks_of_a_copy
+
+
 def run_here(cfg: Config, nproc: int | None, words: Sequence[str], log_dir: Path) -> int:
-    """Start the verb `words` as ranks on this machine: `nproc`, or as many as one copy of the model takes.
+    """Start the verb `words` as ranks on this machine, as many as `rank_count` says.
 
     Raises:
         ValueError: fewer than one rank.
     """
     from megatron_vlmr1.launch.local import rank_command, run_ranks
 
-    if nproc is not None and nproc < 1:
-        raise ValueError(f"--nproc {nproc}: at least one rank")
-    parallel = cfg.parallel
-    count = nproc or parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    return run_ranks(count, rank_command(words), log_dir)
+    return run_ranks(rank_count(cfg, nproc), rank_command(words), log_dir)
+
+
+def log_directory(run_dir: str) -> Path:
+    """Return where this attempt's logs and its outcome go, the same on all ranks, which all call it.
+
+    That is the launcher's VLMR1_LOG_DIR; where srun or torchrun started the ranks, a new attempt's directory, which is
+    then in VLMR1_LOG_DIR too.
+
+    Raises:
+        ValueError: it cannot be made; one line, on all ranks.
+    """
+    from megatron_vlmr1.launch.local import new_attempt
+    from megatron_vlmr1.runtime import distributed
+
+    if "VLMR1_LOG_DIR" not in os.environ:
+        path = problem = ""
+        if distributed.is_first():
+            try:
+                path = str(new_attempt(run_dir).resolve())
+            except OSError as error:
+                problem = f"{run_dir}: {error.strerror}"
+        if problem := distributed.broadcast_text(problem):
+            raise ValueError(problem)
+        os.environ["VLMR1_LOG_DIR"] = distributed.broadcast_text(path)
+    return Path(os.environ["VLMR1_LOG_DIR"])
 
 
 def find_config(name: str) -> Path:

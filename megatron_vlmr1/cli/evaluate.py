@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vlmr1.cli.common import add_overrides, load_config, print_json, run_here
+from megatron_vlmr1.cli.common import add_overrides, load_config, log_directory, print_json, rank_count, run_here
 from megatron_vlmr1.errors import DONE
 from megatron_vlmr1.runtime.ranks import identity
 from megatron_vlmr1.telemetry.files import write_atomic
@@ -37,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Start the ranks and print their result, or be one."""
     from megatron_vlmr1.launch.local import new_attempt
+    from megatron_vlmr1.train.check import check_data, check_inputs
 
     cfg = load_config(args.config, args.overrides)
     if not args.label.isidentifier():
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.config}: data.evaluate names no split; nothing to evaluate")
     if identity() is not None:
         return _be_a_rank(cfg, args.label)
+    check_inputs(cfg, rank_count(cfg, args.nproc), trains=False)
+    check_data(cfg, trains=False)
     words = ["evaluate", args.config, "--label", args.label, *args.overrides]
     code = run_here(cfg, args.nproc, words, new_attempt(cfg.run_dir))
     if code == DONE:
@@ -57,8 +60,6 @@ def _folder(cfg: Config) -> Path:
 
 
 def _be_a_rank(cfg: Config, label: str) -> int:
-    import os
-
     from megatron_vlmr1.checkpoint.locate import hf_directory
     from megatron_vlmr1.data.index import ShardSet
     from megatron_vlmr1.evaluate import split
@@ -66,9 +67,9 @@ def _be_a_rank(cfg: Config, label: str) -> int:
     from megatron_vlmr1.rewards.judges import judges
     from megatron_vlmr1.rollout.actor import Actor
 
-    log_dir = Path(os.environ.get("VLMR1_LOG_DIR", str(Path(cfg.run_dir) / "logs")))
     splits = {name: ShardSet.open(path) for name, path in cfg.data.evaluate.items()}
     with joined(cfg.parallel, cfg.seed) as mesh:
+        log_dir = log_directory(cfg.run_dir)
         actor = Actor(hf_directory(cfg.model.path, check=mesh.rank == 0), cfg, mesh)
         results: dict[str, Any] = {}
         with judges(cfg.rewards, cfg.task, mesh, actor.engine.speaks, log_dir, cfg.parallel.timeout_s) as asked:

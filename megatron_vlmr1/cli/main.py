@@ -17,14 +17,15 @@ from typing import Any, NoReturn
 
 from megatron_vlmr1 import __version__, errors
 from megatron_vlmr1.cli.common import configure_logging
+from megatron_vlmr1.runtime.ranks import identity
 
 VERBS = ("train", "evaluate", "generate", "convert", "shards", "rewards", "report")
 
 CRASHED = 70  # an error of ours; sysexits.h EX_SOFTWARE, because 1 says that a check found differences
 _DESCRIPTION = "R1-style reinforcement learning for vision-language models on megatron-core."
 _EPILOG = """\
-example:
-  vlmr1 train configs/quickstart.yaml --nproc 2 train.steps=20
+example, on the data that the quickstart made:
+  vlmr1 train configs/quickstart.yaml --nproc 2 run_dir=runs/short train.steps=20
 
 exit codes: 0 done; 1 a check found differences or damage; 2 wrong input; 17 stopped itself, requeueing would not
 help; 85 checkpointed on a signal or time limit, please requeue; anything else is a crash.
@@ -51,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it leaves
         return 128 + 13  # as a program that dies of SIGPIPE
     except errors.RunStopped as stop:
-        return _end(stop.code, f"stopped: {stop}")
+        me = identity()  # all ranks stop for one reason: one of them says it
+        at = f"step {stop.step}, " if stop.step is not None else ""
+        return stop.code if me and me.rank else _end(stop.code, f"stopped: {stop} ({at}exit code {stop.code})")
     except ValueError as error:
         logger.debug("where it came from", exc_info=True)
         return _end(errors.BAD_INPUT, f"error: {error}")

@@ -18,6 +18,7 @@ _BUILD_EXAMPLE = """\
 examples:
   vlmr1 shards build shards/rec --jsonl rec.jsonl --images coco/train2014
   vlmr1 shards build shards/mix --jsonl a.jsonl --images a/ --jsonl b.jsonl --images b/ --shard-size 256MB
+  vlmr1 shards build shards/web --jsonl web.jsonl --images web/ --max-rejected 0.01
 """
 
 
@@ -151,7 +152,8 @@ def _add_build(commands: Any) -> None:
     build = commands.add_parser(
         "build",
         help="VLM-R1 jsonl and images to shards",
-        description="Packs rows and their images into tar shards, each with an index. Bad rows go to rejected.jsonl.",
+        description="Packs rows and their images into tar shards, each with an index. A bad row is an error, unless"
+        " --max-rejected allows for it; then it goes to rejected.jsonl.",
         epilog=_BUILD_EXAMPLE,
     )
     build.add_argument("out", metavar="OUT", help="directory to create; must not exist")
@@ -164,7 +166,11 @@ def _add_build(commands: Any) -> None:
     )
     build.add_argument("--shard-size", metavar="SIZE", type=_bytes, default="64MB", help="default: 64MB")
     build.add_argument(
-        "--max-rejected", metavar="FRACTION", type=_fraction, default=0.01, help="share of bad rows allowed: 0.01"
+        "--max-rejected",
+        metavar="FRACTION",
+        type=_fraction,
+        default=0.0,
+        help="share of bad rows to leave out (default: 0)",
     )
     build.add_argument("--json", action="store_true", help="print one JSON document")
     build.set_defaults(run=run_build)

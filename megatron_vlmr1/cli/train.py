@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vlmr1.cli.common import add_overrides, load_config, run_here
+from megatron_vlmr1.cli.common import add_overrides, load_config, log_directory, rank_count, run_here
 from megatron_vlmr1.errors import BAD_INPUT, DONE, RunStopped
 from megatron_vlmr1.runtime.ranks import identity
 from megatron_vlmr1.runtime.signals import StopFlag
@@ -17,9 +17,11 @@ from megatron_vlmr1.telemetry.files import json_line, write_atomic
 if TYPE_CHECKING:
     from megatron_vlmr1.config import Config
 
+logger = logging.getLogger(__name__)
+
 _EPILOG = """\
-example:
-  vlmr1 train configs/quickstart.yaml --nproc 2 train.steps=20
+example, on the data that the quickstart made:
+  vlmr1 train configs/quickstart.yaml --nproc 2 run_dir=runs/short train.steps=20
 
 Under srun or torchrun this joins the job. Alone it starts --nproc ranks on this machine. A run directory that has
 checkpoints is continued from the newest valid one.
@@ -40,16 +42,21 @@ def run(args: argparse.Namespace) -> int:
     """Start the ranks, or be one."""
     from megatron_vlmr1 import config
     from megatron_vlmr1.launch.local import new_attempt
-    from megatron_vlmr1.train.check import check_inputs
+    from megatron_vlmr1.runtime.lock import held
+    from megatron_vlmr1.train.check import check_data, check_inputs
 
     cfg = load_config(args.config, args.overrides)
+    if identity() is not None and not args.dry_run:
+        return _be_a_rank(cfg)
+    check_inputs(cfg, rank_count(cfg, args.nproc))
     if args.dry_run:
         sys.stdout.write(config.dump(cfg))
         _print_plan(cfg, args.nproc)
+        _warn_of_absent_data(cfg)
         return DONE
-    if identity() is not None:
-        return _be_a_rank(cfg)
-    check_inputs(cfg)
+    check_data(cfg)
+    with held(Path(cfg.run_dir)):
+        pass  # to be told at once; rank 0 holds it while it runs
     return run_here(cfg, args.nproc, ["train", args.config, *args.overrides], new_attempt(cfg.run_dir))
 
 
@@ -60,9 +67,18 @@ def _print_plan(cfg: Config, nproc: int | None) -> None:
     from megatron_vlmr1.plan.step import lines
 
     shape = read_shape(hf_directory(cfg.model.path, check=False))
-    world = nproc or cfg.parallel.tensor_model_parallel_size * cfg.parallel.pipeline_model_parallel_size
-    for line in lines(cfg, shape, world):
+    for line in lines(cfg, shape, rank_count(cfg, nproc)):
         sys.stdout.write(f"# {line}\n")
+
+
+def _warn_of_absent_data(cfg: Config) -> None:
+    """Say what data is missing: a plan can be made without it, or where it is not."""
+    from megatron_vlmr1.train.check import check_data
+
+    try:
+        check_data(cfg)
+    except ValueError as error:
+        logger.warning("%s", error)
 
 
 def _be_a_rank(cfg: Config) -> int:
@@ -74,23 +90,23 @@ def _be_a_rank(cfg: Config) -> int:
 
     train = {"grpo": grpo.train, "sft": sft.train}[cfg.method]
     with joined(cfg.parallel, cfg.seed) as mesh:
+        log_dir = log_directory(cfg.run_dir)
         try:
             done = train(cfg, mesh, stop)
         except RunStopped as stopped:
             if mesh.rank == 0:
-                _write_outcome(cfg.run_dir, str(stopped), stopped.code, stopped.step)
+                _write_outcome(log_dir, str(stopped), stopped.code, stopped.step)
             dist.barrier()  # under srun the first rank to leave takes the others with it
             raise
         except ValueError as error:
             if mesh.rank == 0:
-                _write_outcome(cfg.run_dir, str(error), BAD_INPUT, None)
+                _write_outcome(log_dir, str(error), BAD_INPUT, None)
             raise
         if mesh.rank == 0:
-            _write_outcome(cfg.run_dir, f"{done.step} of {cfg.train.steps} steps done", DONE, done.step)
+            _write_outcome(log_dir, f"{done.step} of {cfg.train.steps} steps done", DONE, done.step)
     return DONE
 
 
-def _write_outcome(run_dir: str, reason: str, code: int, step: int | None) -> None:
+def _write_outcome(log_dir: Path, reason: str, code: int, step: int | None) -> None:
     """Say how the attempt ended, for the launcher or the batch script."""
-    folder = Path(os.environ.get("VLMR1_LOG_DIR", str(Path(run_dir) / "logs")))
-    write_atomic(folder / "outcome.json", json_line({"reason": reason, "code": code, "step": step}))
+    write_atomic(log_dir / "outcome.json", json_line({"reason": reason, "code": code, "step": step}))

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
-from megatron_vlmr1.config.settings import Config
+from megatron_vlmr1.config.settings import Config, Section
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -45,6 +45,34 @@ def parse(raw: dict[str, Any], origin: str) -> Config:
     except ValidationError as error:
         problems = [_explain(e["loc"], e["type"], e["msg"]) for e in error.errors()]
         raise ValueError(f"{origin}: " + "; ".join(problems[:3])) from error
+
+
+def parse_saved(raw: dict[str, Any], origin: str) -> tuple[Config, list[str]]:
+    """Validate a nested dict that another version of this program may have saved.
+
+    Keys that it did not have get their defaults; keys that are not known here are left out.
+
+    Returns:
+        (the config, the dotted names of what was left out).
+
+    Raises:
+        ValueError: as `parse`.
+    """
+    left_out: list[str] = []
+    return parse(_known(raw, Config, "", left_out), origin), left_out
+
+
+def _known(raw: dict[str, Any], section: type[Section], prefix: str, left_out: list[str]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in section.model_fields:
+            left_out.append(prefix + key)
+            continue
+        inner = section.model_fields[key].annotation
+        if isinstance(value, dict) and isinstance(inner, type) and issubclass(inner, Section):
+            value = _known(value, inner, f"{prefix}{key}.", left_out)
+        kept[key] = value
+    return kept
 
 
 def dump(config: Config) -> str:

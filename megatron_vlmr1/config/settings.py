@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+# All fit into 64 bits with a sign, as torch's and the operating system's integers.
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
@@ -67,7 +68,7 @@ class ParallelConfig(Section):
     of every stage, and so on (pipeline x virtual numbers); equal shares when empty."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel group along the sequence."""
-    timeout_s: PositiveInt = 600
+    timeout_s: Annotated[int, Field(gt=0, le=10**7)] = 600
     """A collective that takes longer ends the job."""
 
     @property
@@ -79,6 +80,20 @@ class ParallelConfig(Section):
     def ranks_of_a_copy(self) -> int:
         """Ranks that hold one copy of the model: tensor x pipeline."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    def data_parallel_size(self, world: int) -> int:
+        """Return how many copies of the model `world` ranks hold.
+
+        Raises:
+            ValueError: some ranks would be left over.
+        """
+        if world % self.ranks_of_a_copy:
+            raise ValueError(
+                f"{world} ranks cannot hold parallel.tensor_model_parallel_size={self.tensor_model_parallel_size} x "
+                f"parallel.pipeline_model_parallel_size={self.pipeline_model_parallel_size}: start a multiple of "
+                f"{self.ranks_of_a_copy} ranks"
+            )
+        return world // self.ranks_of_a_copy
 
     def layers_by_chunk(self, num_layers: int) -> tuple[int, ...]:
         """Return how many of a model's layers each chunk has; chunk c is on pipeline stage c mod the pipeline size.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from megatron_vlmr1.data.prompts import PromptBuilder
 from megatron_vlmr1.data.stream import Stream
 from megatron_vlmr1.parallel import reduce
 from megatron_vlmr1.parallel.mesh import Mesh
-from megatron_vlmr1.telemetry.files import json_line
+from megatron_vlmr1.telemetry.files import json_line, write_atomic
 from megatron_vlmr1.types import Damage, Prompt, Sample
 
 
@@ -55,3 +56,16 @@ class Feed:
             with self._ledger.open("ab") as out:
                 row = {"position": position, "shard": damage.shard, "key": damage.key, "reason": damage.reason}
                 out.write(json_line(row))
+
+
+def truncate_ledger(directory: Path, consumed: int) -> None:
+    """Drop the rows of positions from `consumed` on, and torn lines, of all ranks: for a run that resumes there.
+
+    Raises:
+        OSError: a file cannot be read or rewritten.
+    """
+    for path in sorted(directory.glob("rank_*.jsonl")):
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["position"] < consumed]
+        if len(kept) < len(lines):
+            write_atomic(path, b"".join(kept))

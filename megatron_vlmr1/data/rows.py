@@ -53,7 +53,8 @@ def parse(line: bytes) -> Row:
     """Check one jsonl row and take it apart.
 
     `<image>` markers are stripped from the question; the solution is what the answer tags hold, or all of it
-    where there are none. Keys other than `image` and `conversations` are kept in `extra`.
+    where there are none. A solution that is a number or a list counts as its JSON text. Keys other than `image` and
+    `conversations` are kept in `extra`.
 
     Raises:
         BadRow: broken JSON, wrong types, an empty question or truth.
@@ -128,6 +129,8 @@ def _turns(conversations: Any) -> tuple[str, str]:
         if not isinstance(turn, dict) or turn.get("from") != who:
             raise BadRow(f"a {who} turn is missing from conversations")
         value = turn.get("value")
+        if who == "gpt" and isinstance(value, list):
+            value = json.dumps(value, ensure_ascii=False)  # a box as JSON
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise BadRow(f"the value of the {who} turn must be text")
         values.append(str(value))

@@ -6,6 +6,8 @@ Same input, same bytes: members have a fixed time and owner, keys are running nu
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import secrets
 import shutil
@@ -20,6 +22,9 @@ from megatron_vlmr1.data.index import Progress
 REJECTED = "rejected.jsonl"
 _TAR_BLOCK = 512
 _OWNER = "vlmr1"
+_METHOD = "accu_reward_method"  # VLM-R1's name for a row's own reward
+
+logger = logging.getLogger(__name__)
 
 
 def build(
@@ -27,7 +32,7 @@ def build(
     image_roots: Sequence[str | Path],
     out: str | Path,
     shard_bytes: int,
-    max_rejected_frac: float = 0.01,
+    max_rejected_frac: float = 0.0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build the directory `out` of shards from jsonl files, each with the folder that its image paths start from.
@@ -69,6 +74,8 @@ def build(
     except BaseException:
         shutil.rmtree(work)
         raise
+    if tally.own_methods:
+        logger.warning("%d rows name their %s, which is ignored: the task's rewards count", tally.own_methods, _METHOD)
     return {
         "out": str(out),
         "samples": tally.samples,
@@ -84,6 +91,7 @@ class _Tally:
     samples: int = 0
     images: int = 0
     bytes: int = 0
+    own_methods: int = 0
     shards: list[str] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
@@ -153,6 +161,7 @@ def _write(sources: list[tuple[Path, Path]], work: Path, shard_bytes: int, progr
         try:
             row = rows.parse(line)
             writer.add(row, [rows.load_image(root, name) for name in row.images])
+            tally.own_methods += _METHOD in row.extra
         except rows.BadRow as error:
             tally.rejected.append({"file": str(path), "line": number, "reason": str(error)})
         if progress:
@@ -177,9 +186,10 @@ def _judge(tally: _Tally, jsonl_paths: Sequence[str | Path], max_rejected_frac: 
         raise ValueError(f"{', '.join(map(str, jsonl_paths))}: no rows")
     if bad > max_rejected_frac * total or bad == total:
         first = tally.rejected[0]
+        enough = max(0.01, math.ceil(100 * bad / total) / 100)
+        way_out = f"; --max-rejected {enough:.2f} would leave them out" if enough < 1 else ""
         raise ValueError(
-            f"{first['file']}:{first['line']}: {first['reason']} "
-            f"(the first of {bad} bad rows in {total}; {max_rejected_frac:.2%} are allowed)"
+            f"{first['file']}:{first['line']}: {first['reason']} (the first of {bad} bad rows in {total}{way_out})"
         )
 
 

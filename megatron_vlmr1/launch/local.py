@@ -29,8 +29,10 @@ from megatron_vlmr1.runtime.children import die_with_parent, kill_sessions
 GRACE_S = 3.0  # between SIGTERM and SIGKILL, once a rank has crashed
 ORDERLY_GRACE_S = 10.0  # for the others to leave by themselves, once a rank has left with one of our own exit codes
 OUTCOME = "outcome.json"
+INSIST_S = 2.0  # a second Ctrl-C kills when it comes this much later than the first, so that one is not taken for two
 _POLL_S = 0.05
-_ORDERLY = {errors.DIFFERS, errors.BAD_INPUT, errors.STOPPED, errors.REQUEUE}
+_SAID = {errors.BAD_INPUT, errors.STOPPED, errors.REQUEUE}  # codes that a rank explains itself
+_ORDERLY = {errors.DIFFERS, *_SAID}
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -63,7 +65,8 @@ def run_ranks(nproc: int, command: Sequence[str], log_dir: str | Path, env: Mapp
     process's stdout and stderr.
 
     When a rank fails, the others get SIGTERM and soon after SIGKILL, with all their descendants. The first SIGINT,
-    SIGTERM or SIGUSR1 of this process is passed on to the ranks, once.
+    SIGTERM or SIGUSR1 of this process is passed on to the ranks, once. A second SIGINT or SIGTERM, at least `INSIST_S`
+    after the first, kills them.
 
     Args:
         nproc: number of ranks.
@@ -72,8 +75,9 @@ def run_ranks(nproc: int, command: Sequence[str], log_dir: str | Path, env: Mapp
         env: variables that override this process's own.
 
     Returns:
-        The code in ``log_dir/outcome.json`` (``{"reason", "code", "step"}``) if the ranks wrote one; else the exit
-        code of the first rank that failed, 128 + n for signal n; else 0.
+        130 or 143 when a second SIGINT or SIGTERM killed the ranks; else the code in ``log_dir/outcome.json``
+        (``{"reason", "code", "step"}``) if the ranks wrote one; else the exit code of the first rank that failed,
+        128 + n for signal n; else 0.
 
     Raises:
         OSError: a rank cannot be started or a log not be written; no rank is left running.
@@ -101,6 +105,8 @@ class _Job:
         self.log_dir = log_dir
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.first_failure: int | None = None
+        self.killed_by: int | None = None  # the second signal of somebody who would not wait
+        self._asked = False
         self._left: queue.Queue[int] = queue.Queue()
         self._threads: list[threading.Thread] = []
         self._deadlines: list[tuple[float, signal.Signals]] = []
@@ -124,8 +130,8 @@ class _Job:
             pipes = ((process.stdout, log, sys.stdout.buffer), (process.stderr, log, sys.stderr.buffer))
             self._threads = [threading.Thread(target=_tee, args=pipe, daemon=True) for pipe in pipes]
 
-    def wait(self, came: Sequence[int]) -> None:
-        """Wait until every rank is gone; `came` receives the signals of this process."""
+    def wait(self, came: Sequence[tuple[int, float]]) -> None:
+        """Wait until every rank is gone; `came` receives the signals of this process and when they came."""
         # A thread for each rank tells the true order of their ends, which names the culprit.
         # They are started last because forking beside running threads is unsafe.
         ranks = range(len(self.ranks))
@@ -133,15 +139,11 @@ class _Job:
         for thread in self._threads + waiters:
             thread.start()
         alive = len(self.ranks)
-        forwarded = False
         while alive:
             with suppress(queue.Empty):
                 self._note_end(self._left.get(timeout=_POLL_S))
                 alive -= 1
-            if came and not forwarded:
-                forwarded = True
-                self._signal(came[0])
-                _say(f"{signal.Signals(came[0]).name}: asked the ranks to stop")
+            self._obey(came)
             while self._deadlines and time.monotonic() >= self._deadlines[0][0]:
                 self._signal(self._deadlines.pop(0)[1])
 
@@ -166,6 +168,19 @@ class _Job:
         term = time.monotonic() + (ORDERLY_GRACE_S if status in _ORDERLY else 0.0)
         self._deadlines = [(term, signal.SIGTERM), (term + GRACE_S, signal.SIGKILL)]
 
+    def _obey(self, came: Sequence[tuple[int, float]]) -> None:
+        """Pass the first signal on; kill the ranks once somebody insists."""
+        if came and not self._asked:
+            self._asked = True
+            self._signal(came[0][0])
+            _say(f"{signal.Signals(came[0][0]).name}: asked the ranks to stop and save; a second Ctrl-C kills them")
+        ending = [(number, at) for number, at in came if number in (signal.SIGINT, signal.SIGTERM)]
+        insisting = [number for number, at in ending if at - ending[0][1] >= INSIST_S]
+        if insisting and self.killed_by is None:
+            self.killed_by = insisting[0]
+            self._signal(signal.SIGKILL)
+            _say(f"{signal.Signals(insisting[0]).name} again: killed the ranks")
+
     def _wait_for(self, rank: int) -> None:
         self.ranks[rank].wait()
         self._left.put(rank)
@@ -184,11 +199,11 @@ def log_path(log_dir: Path, rank: int) -> Path:
 
 
 @contextmanager
-def _remembered_signal() -> Iterator[list[int]]:
-    came: list[int] = []
+def _remembered_signal() -> Iterator[list[tuple[int, float]]]:
+    came: list[tuple[int, float]] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+        came.append((number, time.monotonic()))
 
     former = {number: signal.signal(number, remember) for number in _FORWARDED}
     try:
@@ -232,6 +247,8 @@ def _tee(source: IO[bytes], *sinks: IO[bytes]) -> None:
 
 
 def _conclude(job: _Job, log_dir: Path) -> int:
+    if job.killed_by is not None:
+        return 128 + job.killed_by
     outcome = _read_outcome(log_dir)
     rank = job.first_failure
     if rank is None:
@@ -239,13 +256,10 @@ def _conclude(job: _Job, log_dir: Path) -> int:
     status = job.ranks[rank].returncode
     code = int(outcome["code"]) if outcome else (128 - status if status < 0 else status)
     log = log_path(log_dir, rank)
-    if status == errors.BAD_INPUT and job.ranks[0].returncode == errors.BAD_INPUT:
+    if status in _SAID and job.ranks[0].returncode == status:
         return code  # rank 0 has said why, and the user wants one line
-    if outcome and status == code:
-        _say(f"{outcome.get('reason')} (step {outcome.get('step')}, exit code {code})")
-    else:
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"left with exit code {status}"
-        _say(f"rank {rank} (pid {job.ranks[rank].pid}) {how}; its log: {log}{_last_words(log)}")
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"left with exit code {status}"
+    _say(f"rank {rank} (pid {job.ranks[rank].pid}) {how}; its log: {log}{_last_words(log)}")
     return code
 
 
@@ -267,4 +281,4 @@ def _read_outcome(log_dir: Path) -> dict[str, Any] | None:
 
 
 def _say(line: str) -> None:
-    print(f"vlmr1: {line}", file=sys.stderr, flush=True)
+    print(f"vlmr1: {' '.join(line.split())}", file=sys.stderr, flush=True)

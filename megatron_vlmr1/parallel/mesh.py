@@ -82,11 +82,7 @@ def build(cfg: ParallelConfig) -> Mesh:
     """
     tp, pp, world = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, dist.get_world_size()
     vp = cfg.virtual_pipeline_model_parallel_size
-    if world % (tp * pp):
-        raise ValueError(
-            f"{world} ranks cannot hold parallel.tensor_model_parallel_size={tp} x "
-            f"parallel.pipeline_model_parallel_size={pp}: start a multiple of {tp * pp} ranks"
-        )
+    cfg.data_parallel_size(world)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,

@@ -12,8 +12,8 @@ from megatron_vlmr1.report.curves import Series, series_of
 from megatron_vlmr1.report.run import EVALUATIONS, Answer, Run, number
 from megatron_vlmr1.telemetry.console import duration
 
-_SPLITS = (("Held-out", "before", "after"), ("Out of domain", "ood_before", "ood_after"))
-# label, key in summary.json, how it was answered, shown as percent
+_SPLIT_NAMES = {"heldout": "Held-out", "ood": "Out of domain"}  # others go by their own
+# label, name of the figure, how it was answered, shown as percent
 _MEASURES = (
     ("Acc@0.5", "acc50", "greedy", True),
     ("Mean IoU", "iou_mean", "greedy", False),
@@ -44,18 +44,20 @@ class Measure:
 
 def comparison(run: Run) -> tuple[list[str], list[Measure], list[str]]:
     """Return the splits that were measured, the table's rows, and notes on the spread; empty without evaluations."""
-    splits = [s for s in _SPLITS if isinstance(run.summary.get(s[1]), dict) or isinstance(run.summary.get(s[2]), dict)]
     measures = []
     for label, key, note, percent in _MEASURES:
-        changes = tuple(_change(_figure(run, b, key), _figure(run, a, key), percent) for _, b, a in splits)
+        changes = tuple(
+            _change(_figure(t, "before", key), _figure(t, "after", key), percent) for t in run.figures.values()
+        )
         if any(changes):
             measures.append(Measure(label, note, changes))
-    notes = [note for name, b, a in splits if (note := _paired_note(name, run.evaluations, b, a))]
-    return [name for name, _, _ in splits], measures, notes
+    names = {split: _SPLIT_NAMES.get(split, split) for split in run.figures}
+    notes = [note for s, name in names.items() if (note := _paired_note(name, run.evaluations.get(s, {})))]
+    return list(names.values()), measures, notes
 
 
 def accuracy_series(run: Run) -> dict[str, Series]:
-    """Return Acc@0.5 by split: from the metrics, with summary.json's figures at both ends of the run."""
+    """Return Acc@0.5 by split: from the metrics, with the evaluations' figures at both ends of the run."""
     names = sorted({name for _, values in run.metrics for name in values})
     points: dict[str, dict[int, float]] = {}
     for name in names:
@@ -63,11 +65,11 @@ def accuracy_series(run: Run) -> dict[str, Series]:
             steps, values = series_of(run.metrics, name)
             points[name.removeprefix("evaluate/").removesuffix("/acc50")] = dict(zip(steps, values, strict=True))
     done = run.metrics[-1][0] + 1 if run.metrics else 1
-    for split, before, after in (("heldout", "before", "after"), ("ood", "ood_before", "ood_after")):
+    for split, table in run.figures.items():
         measured = points.setdefault(split, {})
         # A split measured in training at the very end keeps that figure: the two may differ in samples.
-        for step, side, missing in ((0, before, 0 not in measured), (done, after, done - 1 not in measured)):
-            figure = _figure(run, side, "acc50")
+        for step, side, missing in ((0, "before", 0 not in measured), (done, "after", done - 1 not in measured)):
+            figure = _figure(table, side, "acc50")
             if figure is not None and missing:
                 measured.setdefault(step, figure)
     ordered = {split: sorted(values.items()) for split, values in sorted(points.items()) if values}
@@ -132,9 +134,8 @@ def _layout(run: Run) -> str:
     return " ".join(f"{name} {size}" for name, size in sizes if size is not None)
 
 
-def _figure(run: Run, side: str, key: str) -> float | None:
-    table = run.summary.get(side)
-    return number(table.get(key)) if isinstance(table, dict) else None
+def _figure(table: Mapping[str, Mapping[str, Any]], label: str, key: str) -> float | None:
+    return number(table[label].get(key)) if label in table else None
 
 
 def _change(before: float | None, after: float | None, percent: bool) -> Change | None:
@@ -150,10 +151,10 @@ def _change(before: float | None, after: float | None, percent: bool) -> Change 
     return Change(was, became, f"{sign}{abs(delta):.{digits}f}", direction)
 
 
-def _paired_note(name: str, evaluations: Mapping[str, Sequence[Answer]], before: str, after: str) -> str:
+def _paired_note(name: str, answers: Mapping[str, Sequence[Answer]]) -> str:
     """Mean change of Acc@0.5 over the samples that both evaluations hold, with its standard error."""
-    first = {row.key: row.acc50 for row in evaluations.get(before, ())}
-    pairs = [(first.get(row.key), row.acc50) for row in evaluations.get(after, ())]
+    first = {row.key: row.acc50 for row in answers.get("before", ())}
+    pairs = [(first.get(row.key), row.acc50) for row in answers.get("after", ())]
     changes = [b - a for a, b in pairs if a is not None and b is not None]
     if len(changes) < 2:
         return ""

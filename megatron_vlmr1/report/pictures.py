@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_vlmr1.report.run import Answer, Box
+from megatron_vlmr1.report.run import LABELS, Answer
+from megatron_vlmr1.rewards import answers as convention
+from megatron_vlmr1.rewards.boxes import Box
 
 MAX_CARDS = 12
 _MAX_IMAGE_BYTES = 4 << 20
@@ -46,9 +48,14 @@ class Grid:
     caption: str
 
 
-def build_grid(run_dir: Path, evaluations: Mapping[str, Sequence[Answer]]) -> Grid | None:
-    """Return up to 12 pictures that spread over the whole range of change, or None for a run without pictures."""
-    sides = [(name, {row.key: row for row in evaluations[name]}) for name in ("before", "after") if name in evaluations]
+def build_grid(run_dir: Path, evaluations: Mapping[str, Mapping[str, Sequence[Answer]]]) -> Grid | None:
+    """Return up to 12 pictures that spread over the whole range of change, or None for a run without pictures.
+
+    They are of the first split.
+    """
+    split = next(iter(evaluations), "")
+    labelled = evaluations.get(split, {})
+    sides = [(name, {row.key: row for row in labelled[name]}) for name in LABELS if name in labelled]
     cards = []
     for key, row in sides[0][1].items() if sides else ():
         answers = tuple((name, rows[key]) for name, rows in sides if key in rows)
@@ -62,7 +69,8 @@ def build_grid(run_dir: Path, evaluations: Mapping[str, Sequence[Answer]]) -> Gr
     if pictured > MAX_CARDS:
         cards = [cards[round(i * (pictured - 1) / (MAX_CARDS - 1))] for i in range(MAX_CARDS)]
     which = f"All {pictured}" if len(cards) == pictured else f"{len(cards)} of the {pictured}"
-    caption = f"{which} held-out samples whose picture was saved (the first ones of the split, whatever their result)"
+    kind = "held-out samples" if split == "heldout" else f"samples of {split}"
+    caption = f"{which} {kind} whose picture was saved (the first ones of the split, whatever their result)"
     if len(sides) == 2:
         caption += ", sorted by change in IoU from worst to best"
         if pictured > MAX_CARDS:
@@ -73,10 +81,11 @@ def build_grid(run_dir: Path, evaluations: Mapping[str, Sequence[Answer]]) -> Gr
 
 def split_think(text: str) -> tuple[str | None, str]:
     """Return the inside of the first <think> element (None without one) and the rest of the text."""
-    start, end = text.find("<think>"), text.find("</think>")
-    if start < 0 or end < start:
+    inside = convention.first_block(text, "think")
+    if inside is None:
         return None, text
-    return text[start + len("<think>") : end].strip(), (text[:start] + text[end + len("</think>") :]).strip()
+    before, _, after = text.partition(f"<think>{inside}</think>")
+    return inside.strip(), (before + after).strip()
 
 
 def _card(row: Answer, size: tuple[int, int], picture: str, answers: tuple[tuple[str, Answer], ...]) -> Card:

@@ -12,11 +12,13 @@ from typing import Any
 
 import yaml
 
+from megatron_vlmr1.rewards import answers
+from megatron_vlmr1.rewards.boxes import Box
 from megatron_vlmr1.telemetry.metrics import MetricRows, read_metrics
 
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the original image
+LABELS = ("before", "after")  # of `vlmr1 evaluate --label LABEL`, which a report compares
 
-# An evaluation's name here, and its file as `vlmr1 evaluate --label LABEL` names it: LABEL_SPLIT.
+# The quickstart's summary.json names an evaluation by this key; its file is LABEL_SPLIT.
 EVALUATIONS = {
     "before": "before_heldout",
     "after": "after_heldout",
@@ -70,7 +72,8 @@ class Run:
     summary: Mapping[str, Any]
     config: Mapping[str, Any]
     config_text: str
-    evaluations: Mapping[str, tuple[Answer, ...]]
+    figures: Mapping[str, Mapping[str, Mapping[str, Any]]]  # by split and label
+    evaluations: Mapping[str, Mapping[str, tuple[Answer, ...]]]  # by split and label
     samples: Mapping[int, tuple[SampledGroup, ...]]  # by step
 
     def setting(self, dotted: str) -> Any:
@@ -97,19 +100,43 @@ def load_run(run_dir: str | Path) -> Run:
         config = yaml.safe_load(config_text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path / 'config.yaml'}: not readable: {' '.join(str(error).split())}") from error
+    summary = _object(_text(path / "summary.json") or "{}", str(path / "summary.json"))
     return Run(
         path=path,
         metrics=read_metrics(path),
-        summary=_object(_text(path / "summary.json") or "{}", str(path / "summary.json")),
+        summary=summary,
         config=config if isinstance(config, dict) else {},
         config_text=config_text,
-        evaluations={
-            name: tuple(_answer(row) for row in _rows(file))
-            for name, stem in EVALUATIONS.items()
-            if (file := path / "evaluations" / f"{stem}.jsonl").is_file()
-        },
+        figures=_figures(path / "evaluations", summary),
+        evaluations=_evaluations(path / "evaluations"),
         samples=_samples(path / "samples"),
     )
+
+
+def _figures(folder: Path, summary: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Figures by split and label: what `vlmr1 evaluate` wrote, else what a summary says."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for label in LABELS:
+        file = folder / f"{label}.json"
+        tables = _object(_text(file), str(file)) if file.is_file() else {}
+        for key, stem in EVALUATIONS.items() if not tables else ():
+            side, _, split = stem.partition("_")
+            if side == label and key in summary:
+                tables[split] = summary[key]
+        for split, table in tables.items():
+            if isinstance(table, dict):
+                found.setdefault(split, {})[label] = table
+    return dict(sorted(found.items(), key=lambda item: (item[0] != "heldout", item[0])))
+
+
+def _evaluations(folder: Path) -> dict[str, dict[str, tuple[Answer, ...]]]:
+    """Answers by split and label; the held-out split comes first."""
+    found: dict[str, dict[str, tuple[Answer, ...]]] = {}
+    for label in LABELS:
+        for file in folder.glob(f"{label}_*.jsonl"):
+            split = file.stem.removeprefix(f"{label}_")
+            found.setdefault(split, {})[label] = tuple(_answer(row) for row in _rows(file))
+    return dict(sorted(found.items(), key=lambda item: (item[0] != "heldout", item[0])))
 
 
 def number(value: Any) -> float | None:
@@ -143,14 +170,9 @@ def _size(value: Any) -> tuple[int, int] | None:
 
 
 def _box(value: Any) -> Box | None:
-    """Four finite numbers, from a list or from the first bracket of a text."""
+    """Four finite numbers, from a list, or from a text as everything that is scored is read."""
     if isinstance(value, str):
-        start = value.find("[")
-        end = value.find("]", start)
-        try:
-            value = json.loads(value[start : end + 1]) if 0 <= start < end else None
-        except (ValueError, RecursionError):
-            return None
+        return answers.box(value)
     if not isinstance(value, list) or len(value) != 4:
         return None
     x1, y1, x2, y2 = (number(side) for side in value)

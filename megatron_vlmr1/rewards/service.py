@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -23,6 +24,8 @@ _START_S = 60.0
 _STOP_S = 10.0
 _HUNG_S = 15.0  # a service that answers no ping for this long is killed and started anew
 _TICK_S = 0.5
+_TOLD_BYTES = 1 << 16  # of the service's log, read for warnings at a time
+_WARNING = re.compile(rb"^[\d-]+ [\d:,]+ ((?:WARNING|ERROR) .{0,300})", re.MULTILINE)  # as the service logs them
 _MAX_PATH_BYTES = 107  # of a unix socket
 
 logger = logging.getLogger(__name__)
@@ -58,6 +61,7 @@ class RewardService:
             raise ValueError(f"{self._directory}: path too long for a socket; set TMPDIR to a shorter one")
         self.address = f"ipc://{socket_path}"
         self._command = [*server.command(self.address, settings), "--parent", str(os.getpid())]
+        self._told = 0  # bytes of the log that were looked through
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="reward-service", daemon=True)
 
@@ -68,6 +72,7 @@ class RewardService:
             RuntimeError: it does not; the message ends with the last line of its log.
         """
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._told = self.log_path.stat().st_size if self.log_path.is_file() else 0  # an earlier service's
         self._watcher.start()
         end = time.monotonic() + _START_S
         with RewardClient(self.address) as client:
@@ -98,6 +103,7 @@ class RewardService:
                 process = self._start()
                 heard = time.monotonic()
                 while process.poll() is None and not self._closing.wait(_TICK_S):
+                    self._pass_warnings_on()
                     if client.alive(_TICK_S):
                         heard = time.monotonic()
                     elif time.monotonic() - heard > _HUNG_S:
@@ -105,10 +111,23 @@ class RewardService:
                         process.kill()
                         process.wait()
                 if self._closing.is_set():
-                    return _stop(process)
+                    _stop(process)
+                    return self._pass_warnings_on()
                 logger.error("reward service (process %d) ended: %s; restarting", process.pid, process.returncode)
                 kill_sessions([process.pid])  # a reward process that was just starting may have outlived it
                 self.restarts += 1
+
+    def _pass_warnings_on(self) -> None:
+        """Repeat in this process's log what the service has warned of since the last call: dead workers, retries."""
+        with self.log_path.open("rb") as log:
+            log.seek(self._told)
+            chunk = log.read(_TOLD_BYTES)
+        lines, newline, rest = chunk.rpartition(b"\n")
+        if len(rest) == _TOLD_BYTES:  # no record is as long as that
+            lines = rest
+        self._told += len(lines) + len(newline)
+        for found in _WARNING.findall(lines):
+            logger.warning("reward service: %s", found.decode(errors="replace"))
 
     def _start(self) -> subprocess.Popen[bytes]:
         with self.log_path.open("ab") as output:

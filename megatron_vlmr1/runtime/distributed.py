@@ -51,6 +51,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def is_first() -> bool:
+    """Whether this is rank 0 of the world."""
+    return dist.get_rank() == 0
+
+
 def broadcast_text(text: str, source: int = 0, group: dist.ProcessGroup | None = None) -> str:
     """Give every rank of the group the text of global rank `source`."""
     data = text.encode() if dist.get_rank() == source else b""
@@ -80,3 +85,19 @@ def any_rank(flag: bool) -> bool:
     value = torch.tensor([float(flag)], device=device.device())
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return bool(value)
+
+
+def agree(problem: str) -> None:
+    """Go on if no rank has a problem; all ranks call it after work of their own that may fail.
+
+    Args:
+        problem: what went wrong on this rank, or nothing.
+
+    Raises:
+        OSError: the problem of the first rank that has one, in one line; the same on all ranks.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    first = torch.tensor([rank if problem else world], device=device.device())
+    dist.all_reduce(first, dist.ReduceOp.MIN)
+    if int(first) < world:
+        raise OSError(" ".join(broadcast_text(problem, int(first)).split()))

@@ -11,8 +11,13 @@ from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.rewards import functions, tasks
 
 
-def check_inputs(cfg: Config) -> None:
-    """Check that model, data, layout, task and rewards exist and fit together.
+def check_inputs(cfg: Config, world: int, trains: bool = True) -> None:
+    """Check that model, layout, task, rewards and what belongs to training fit together; `check_data` is the rest.
+
+    Args:
+        cfg: the run's config.
+        world: number of ranks that will be started.
+        trains: whether it is for training, or else for evaluation only.
 
     Raises:
         ValueError: one line that names the key, file or directory.
@@ -25,10 +30,32 @@ def check_inputs(cfg: Config) -> None:
     if (layout := decoding_layout(cfg)) is not None:
         shape.check_layout(layout)
     cfg.recompute.check(cfg.parallel.layers_by_chunk(shape.text.num_layers))
-    if cfg.model.reference_path is not None:
-        read_shape(hf_directory(cfg.model.reference_path, check=False))
-    if cfg.debug.replay_rollouts is not None and not Path(cfg.debug.replay_rollouts).is_dir():
-        raise ValueError(f"debug.replay_rollouts={cfg.debug.replay_rollouts}: no such directory")
-    for path in (cfg.data.train, *cfg.data.evaluate.values()):
+    copies = cfg.parallel.data_parallel_size(world)
+    if trains:
+        check_shares(cfg, copies)
+        if cfg.model.reference_path is not None:
+            read_shape(hf_directory(cfg.model.reference_path, check=False))
+        if cfg.debug.replay_rollouts is not None and not Path(cfg.debug.replay_rollouts).is_dir():
+            raise ValueError(f"debug.replay_rollouts={cfg.debug.replay_rollouts}: no such directory")
+
+
+def check_shares(cfg: Config, copies: int) -> None:
+    """Check that so many copies of the model, the data-parallel ranks, can share out prompts and lanes.
+
+    Raises:
+        ValueError: one line that names the key.
+    """
+    for key, value in (("train.prompts_per_step", cfg.train.prompts_per_step), ("data.lanes", cfg.data.lanes)):
+        if value % copies:
+            raise ValueError(f"{key}={value} is not a multiple of the {copies} data-parallel ranks")
+
+
+def check_data(cfg: Config, trains: bool = True) -> None:
+    """Check that the splits are there and hold samples; that of training only if it `trains`.
+
+    Raises:
+        ValueError: one line that names the directory.
+    """
+    for path in (*([cfg.data.train] if trains else []), *cfg.data.evaluate.values()):
         if not len(ShardSet.open(path)):
             raise ValueError(f"{path}: the split is empty")

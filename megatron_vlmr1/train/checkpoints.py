@@ -8,11 +8,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint import state, writer
 from megatron_vlmr1.checkpoint.store import Store, flush_tree
 from megatron_vlmr1.config import Config
@@ -75,16 +73,7 @@ class Checkpoints:
             ValueError: the run was started with a config that means something else; names the first such key.
         """
         progress = state.load(actor.policy, optimizer, path / "state")
-        mine, theirs = _flat(self.cfg.model_dump(mode="json")), _flat(progress["config"])
-        for key in sorted(mine.keys() | theirs.keys()):
-            free = key.startswith(_FREE_SECTIONS) or key in _FREE_KEYS
-            if key == "train.steps":  # a decaying learning rate depends on it
-                free = self.cfg.optimizer.decay == "constant"
-            if not free and mine.get(key) != theirs.get(key):
-                raise ValueError(
-                    f"{self.cfg.run_dir} was started with {key}={theirs.get(key)}, not {mine.get(key)}; "
-                    "use another run_dir, or the old value to go on"
-                )
+        check_config(self.cfg, progress["config"])
         return progress
 
     def save(self, actor: Actor, optimizer: MegatronOptimizer, progress: dict[str, Any]) -> bool:
@@ -97,53 +86,55 @@ class Checkpoints:
             RunStopped: the third save in a row failed (exit code 17).
         """
         step = int(progress["step"])
-        temporary = self._begin(step)
-        problem = "its directory could not be made"
-        if temporary is not None:
-            problem = self._write(actor, optimizer, progress, temporary)
-            if self.mesh.rank == 0:
-                problem = problem or self._publish(step, temporary)
-        if not distributed.any_rank(bool(problem)):
-            self._failed = 0
-            logger.info("checkpoint of step %d: %s", step, self.store.path(step))
-            return True
-        self._failed += 1
-        logger.error("checkpoint of step %d failed (%d in a row): %s", step, self._failed, problem or "another rank")
-        if self._failed >= _FAILURES:
-            raise RunStopped(STOPPED, f"{_FAILURES} checkpoints in a row could not be saved: {problem}")
-        return False
+        try:
+            temporary = self._begin(step)
+            try:
+                self._write(actor, optimizer, progress, temporary)
+            except OSError:
+                if self.mesh.rank == 0:
+                    self.store.discard(temporary)
+                raise
+            distributed.agree(self._publish(step, temporary) if self.mesh.rank == 0 else "")
+        except OSError as error:  # the same on all ranks
+            self._failed += 1
+            logger.error("checkpoint of step %d failed (%d in a row): %s", step, self._failed, error)
+            if self._failed >= _FAILURES:
+                raise RunStopped(STOPPED, f"{_FAILURES} checkpoints in a row could not be saved: {error}") from error
+            return False
+        self._failed = 0
+        logger.info("checkpoint of step %d: %s", step, self.store.path(step))
+        return True
 
-    def _begin(self, step: int) -> Path | None:
-        name = ""
+    def _begin(self, step: int) -> Path:
+        name = problem = ""
         if self.mesh.rank == 0:
             try:
                 temporary = self.store.begin(step)
+                name = temporary.name
                 (temporary / "hf").mkdir()
                 (temporary / "state").mkdir()
-                name = temporary.name
             except OSError as error:
-                logger.error("checkpoint of step %d: %s", step, error)
-        name = distributed.broadcast_text(name)
-        return self.store.directory / name if name else None
+                problem = str(error)
+                if name:
+                    self.store.discard(temporary)
+        distributed.agree(problem)
+        return self.store.directory / distributed.broadcast_text(name)
 
-    def _write(self, actor: Actor, optimizer: MegatronOptimizer, progress: dict[str, Any], temporary: Path) -> str:
-        """Write all files; return what went wrong, or nothing. Ranks learn of each other's failure here."""
-        problem = ""
-        try:
-            writer.save(actor.policy.chunks, actor.directory, temporary / "hf")
-            state.save(actor.policy, optimizer, progress, temporary / "state")
-            dist.barrier()
-            me = identity()
-            if me is not None and me.local_rank == 0 and self.mesh.rank != 0:
+    def _write(self, actor: Actor, optimizer: MegatronOptimizer, progress: dict[str, Any], temporary: Path) -> None:
+        """Write all files.
+
+        Raises:
+            OSError: some rank could not; the same line on every rank.
+        """
+        writer.save(actor.policy.chunks, actor.directory, temporary / "hf")
+        state.save(actor.policy, optimizer, progress, temporary / "state")
+        me, problem = identity(), ""
+        if me is not None and me.local_rank == 0 and self.mesh.rank != 0:
+            try:
                 flush_tree(temporary)  # rank 0 flushes what its own node wrote as it publishes
-        except (OSError, SafetensorError, CheckpointException) as error:
-            problem = str(error) or repr(error)
-        if distributed.any_rank(bool(problem)):
-            dist.barrier()
-            if self.mesh.rank == 0:
-                self.store.discard(temporary)
-            problem = problem or "another rank could not write"
-        return problem
+            except OSError as error:
+                problem = str(error)
+        distributed.agree(problem)
 
     def _publish(self, step: int, temporary: Path) -> str:
         facts = {
@@ -156,6 +147,27 @@ class Checkpoints:
         except OSError as error:
             return str(error)
         return ""
+
+
+def check_config(cfg: Config, saved: dict[str, Any]) -> None:
+    """Compare a config with the one that its run directory was started with, perhaps by another version.
+
+    Raises:
+        ValueError: they mean different runs; names the first key.
+    """
+    started, left_out = config.parse_saved(saved, f"{cfg.run_dir}: its config")
+    if left_out:
+        logger.warning("%s was started with keys that are not known here: %s", cfg.run_dir, ", ".join(left_out))
+    mine, theirs = _flat(cfg.model_dump(mode="json")), _flat(started.model_dump(mode="json"))
+    for key in sorted(mine.keys() | theirs.keys()):
+        free = key.startswith(_FREE_SECTIONS) or key in _FREE_KEYS
+        if key == "train.steps":  # a decaying learning rate depends on it
+            free = cfg.optimizer.decay == "constant"
+        if not free and mine.get(key) != theirs.get(key):
+            raise ValueError(
+                f"{cfg.run_dir} was started with {key}={theirs.get(key)}, not {mine.get(key)}; "
+                "use another run_dir, or the old value to go on"
+            )
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

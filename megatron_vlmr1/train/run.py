@@ -8,6 +8,7 @@ import time
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint.locate import hf_directory, weights_sha256
 from megatron_vlmr1.config import Config
-from megatron_vlmr1.data.feed import Feed
+from megatron_vlmr1.data.feed import Feed, truncate_ledger
 from megatron_vlmr1.data.index import ShardSet
 from megatron_vlmr1.data.stream import Stream
 from megatron_vlmr1.errors import REQUEUE, RunStopped
@@ -28,13 +29,14 @@ from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.rewards import tasks
 from megatron_vlmr1.rewards.judges import judges
 from megatron_vlmr1.rollout.actor import Actor
-from megatron_vlmr1.runtime import device, distributed
+from megatron_vlmr1.runtime import device, distributed, lock
 from megatron_vlmr1.runtime.signals import StopFlag
 from megatron_vlmr1.telemetry import console, nvml
 from megatron_vlmr1.telemetry.files import write_atomic
 from megatron_vlmr1.telemetry.flops import peak_flops, utilisation
 from megatron_vlmr1.telemetry.metrics import MetricsWriter
 from megatron_vlmr1.telemetry.timers import PhaseTimers
+from megatron_vlmr1.train.check import check_shares
 from megatron_vlmr1.train.checkpoints import Checkpoints
 
 
@@ -48,7 +50,10 @@ class Run:
             ValueError: the user's input does not fit together; one line.
         """
         self.cfg, self.mesh, self.stop = cfg, mesh, stop
+        self.step = 0
+        stack.push(self._tell_step)
         self.run_dir = Path(cfg.run_dir)
+        self._lock(stack)
         self.task = tasks.get(cfg.task)
         self.shards = ShardSet.open(cfg.data.train)
         self.splits = {name: ShardSet.open(path) for name, path in cfg.data.evaluate.items()}
@@ -67,6 +72,7 @@ class Run:
             raise ValueError(
                 f"{cfg.data.train}: not the data that {self.run_dir} was started with; use another run_dir"
             )
+        self.weights_sha256 = self._pinned_weights(source, progress)
         self.step = int(progress.get("step", 0))
         self.updater.bad_steps = int(progress.get("bad_steps", 0))
         self.feed = self._feed(int(progress.get("consumed_samples", 0)))
@@ -81,6 +87,23 @@ class Run:
             write_atomic(self.run_dir / "config.yaml", config.dump(cfg).encode())
         self._started = time.perf_counter()
 
+    def _tell_step(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        """Let an end of the run say after how many steps it came, wherever it was raised."""
+        if isinstance(error, RunStopped) and error.step is None:
+            error.step = self.step
+
+    def _lock(self, stack: ExitStack) -> None:
+        problem = ""
+        if self.mesh.rank == 0:
+            try:
+                stack.enter_context(lock.held(self.run_dir))
+            except (OSError, ValueError) as error:
+                problem = str(error)
+        if problem := distributed.broadcast_text(problem):
+            raise ValueError(problem)
+
     @property
     def replays(self) -> bool:
         """Whether completions and scores come from a saved rollout."""
@@ -89,7 +112,7 @@ class Run:
     @property
     def log_dir(self) -> Path:
         """Where this attempt's logs and its outcome go."""
-        return Path(os.environ.get("VLMR1_LOG_DIR", self.run_dir / "logs"))
+        return Path(os.environ["VLMR1_LOG_DIR"])
 
     def after_step(self, step: int, metrics: dict[str, float]) -> bool:
         """Log, evaluate, save; return whether to stop because a signal asked for it. `step` counts from 0."""
@@ -153,7 +176,7 @@ class Run:
             "scored": stats.get("scored", 0),
             "shards_read": sorted(read),
             "data_sha256": self.shards.digest(),
-            "base_sha256": weights_sha256(self.actor.directory),
+            **self.weights_sha256,
         }
         write_atomic(self.run_dir / "facts.json", (json.dumps(facts, indent=1) + "\n").encode())
 
@@ -168,6 +191,7 @@ class Run:
             "bad_steps": self.updater.bad_steps,
             "skipped": self.feed.skipped,
             "data_sha256": self.shards.digest(),
+            **self.weights_sha256,
             "config": self.cfg.model_dump(mode="json"),
         }
 
@@ -182,17 +206,42 @@ class Run:
             self.actor.load_weights(source)
         return reference
 
+    def _pinned_weights(self, source: Path, progress: dict[str, Any]) -> dict[str, str]:
+        """Return the sha256 of the weights that the run was started from, and of its reference's if it has one.
+
+        Files are read at the start, and again where a resumed run takes its reference from them.
+
+        Raises:
+            ValueError: a resumed run's reference has other weights; on all ranks.
+        """
+        pinned: dict[str, str] = {key: progress[key] for key in ("base_sha256", "reference_sha256") if key in progress}
+        problem = ""
+        if self.mesh.rank == 0:
+            path = self.cfg.model.reference_path
+            if "base_sha256" not in pinned:
+                pinned["base_sha256"] = weights_sha256(source)
+            if self.reference is not None:
+                fresh = path is None and "base_sha256" not in progress
+                now = pinned["base_sha256"] if fresh else weights_sha256(hf_directory(path or source, check=False))
+                if pinned.setdefault("reference_sha256", now) != now:
+                    name = "model.path" if path is None else "model.reference_path"
+                    problem = (
+                        f"{name}={path or self.cfg.model.path}: not the weights that {self.run_dir} was started with"
+                    )
+        if problem := distributed.broadcast_text(problem):
+            raise ValueError(problem)
+        return dict(json.loads(distributed.broadcast_text(json.dumps(pinned))))
+
     def _feed(self, consumed: int) -> Feed:
         cfg, mesh = self.cfg, self.mesh
-        if cfg.train.prompts_per_step % mesh.dp_size:
-            raise ValueError(
-                f"train.prompts_per_step={cfg.train.prompts_per_step} is not a multiple of the "
-                f"{mesh.dp_size} data-parallel ranks"
-            )
+        check_shares(cfg, mesh.dp_size)
         stream = Stream(
             self.shards, cfg.seed, cfg.data.lanes, cfg.data.shuffle_window, mesh.dp_rank, mesh.dp_size, consumed
         )
         ledger = self.run_dir / "ledger" / f"rank_{mesh.dp_rank}.jsonl" if mesh.is_model_leader else None
+        if mesh.rank == 0:
+            truncate_ledger(self.run_dir / "ledger", consumed)
+        dist.barrier()  # the others append to it
         return Feed(stream, self.actor.prompt_builder(self.task.render), mesh, ledger)
 
 

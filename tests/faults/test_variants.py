@@ -14,11 +14,6 @@ from megatron_vlmr1.telemetry.metrics import read_metrics
 from tests import jobs
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return jobs.build_shards(tmp_path_factory.mktemp("data"), "train", 64)
-
-
 @pytest.mark.timeout(150)
 def test_bf16_virtual_pipeline_recomputation_frozen_tower_with_reference(tmp_path: Path, shards: Path) -> None:
     config = jobs.write_config(

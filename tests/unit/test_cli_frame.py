@@ -58,8 +58,12 @@ def fails_with(error: BaseException):
         (ValueError("a.yaml: unknown key\n  train.step"), 2, "vlmr1: error: a.yaml: unknown key train.step"),
         (FileNotFoundError(2, "No such file", "a.png"), 2, "vlmr1: error: a.png: No such file"),
         (PermissionError(13, "Permission denied", b"/b"), 2, "vlmr1: error: /b: Permission denied"),
-        (errors.RunStopped(errors.REQUEUE, "SIGTERM"), 85, "vlmr1: stopped: SIGTERM"),
-        (errors.RunStopped(errors.STOPPED, "loss is nan"), 17, "vlmr1: stopped: loss is nan"),
+        (errors.RunStopped(errors.REQUEUE, "SIGTERM"), 85, "vlmr1: stopped: SIGTERM (exit code 85)"),
+        (
+            errors.RunStopped(errors.STOPPED, "loss\nis nan", 3),
+            17,
+            "vlmr1: stopped: loss is nan (step 3, exit code 17)",
+        ),
         (KeyboardInterrupt(), 130, "vlmr1: interrupted"),
     ],
 )

@@ -69,8 +69,10 @@ def test_bad_input_is_one_line_and_code_2(rows: Path, capsys: pytest.CaptureFixt
         line = capsys.readouterr().err.replace("building shards ...\n", "").replace("verifying shards ...\n", "")
         assert code == 2 and line.count("\n") == 1 and all(part in line for part in message), line
 
+    (rows / "rows.jsonl").write_text("\n".join([text] * 10) + "\n{broken")
+    failed(build(rows), "rows.jsonl:121: not JSON", "first of 1 bad rows in 121; --max-rejected 0.01 would leave them")
     (rows / "rows.jsonl").write_text(text + "\n{broken")
-    failed(build(rows), "rows.jsonl:13: not JSON", "first of 1 bad rows in 13")
+    failed(build(rows), "rows.jsonl:13: not JSON", "first of 1 bad rows in 13; --max-rejected 0.08 would leave them")
     (rows / "rows.jsonl").write_text(text.replace("3.jpg", "absent.jpg"))
     failed(build(rows), "rows.jsonl:4: image 'absent.jpg' is missing")
     assert not (rows / "out").exists()
@@ -80,6 +82,14 @@ def test_bad_input_is_one_line_and_code_2(rows: Path, capsys: pytest.CaptureFixt
     failed(main(["shards", "verify", str(rows / "images")]), "holds no shards")
     (rows / "rows.jsonl").write_text("")
     failed(main(["shards", "build", str(rows / "x"), "--jsonl", str(rows / "rows.jsonl")]), "no rows")
+
+
+def test_a_reward_method_of_a_row_is_not_ignored_in_silence(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (rows / "rows.jsonl").read_text().replace('"id": 3', '"id": 3, "accu_reward_method": "mcq"')
+    (rows / "rows.jsonl").write_text(text)
+    assert build(rows) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert "1 rows name their accu_reward_method, which is ignored" in line
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ def refused(capfd: pytest.CaptureFixture[str], *words: object) -> str:
     ("override", "says"),
     [
         ("train.steps=0", "train.steps: Input should be greater than 0"),
+        ("seed=9223372036854775808", "seed: Input should be less than 9223372036854775808"),
+        ("parallel.timeout_s=99999999999", "parallel.timeout_s: Input should be less than"),
         ("train.stepz=5", "unknown key train.stepz; did you mean train.steps?"),
         ("parallel.tensor_model_parallel_size=3", "tensor_model_parallel_size=3 does not divide the model's 4"),
         (
@@ -90,13 +92,42 @@ def test_weights_of_another_model_are_refused_by_the_ranks(tmp_path: Path, shard
     assert "mlp" in errors[0] and "config.json asks for" in errors[0]
 
 
-@pytest.mark.timeout(120)
-def test_a_changed_meaning_is_refused_on_resume(tmp_path: Path, shards: Path) -> None:
-    config = jobs.write_config(tmp_path, shards, parallel={"tensor_model_parallel_size": 1})
-    assert jobs.run("train", config, "train.steps=1")[0] == 0
-    code, output = jobs.run("train", config, "rollout.num_generations=3")
-    assert code == 2
-    assert "was started with rollout.num_generations=4, not 3" in output
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--nproc", 3], "3 ranks cannot hold parallel.tensor_model_parallel_size=2 x"),
+        (["--nproc", 0], "--nproc 0: at least one rank"),
+        (["parallel.tensor_model_parallel_size=3"], "does not divide the model's 4"),
+        (["--nproc", 4, "train.prompts_per_step=3"], "train.prompts_per_step=3 is not a multiple of the 2"),
+        (["--nproc", 4, "data.lanes=3"], "data.lanes=3 is not a multiple of the 2 data-parallel ranks"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_rank_starts(
+    tmp_path: Path, shards: Path, capfd: pytest.CaptureFixture[str], words: list[object], says: str
+) -> None:
+    config = jobs.write_config(tmp_path, shards, data={"train": str(shards), "evaluate": {"val": str(shards)}})
+    assert says in refused(capfd, "train", config, *words)
+    assert says in refused(capfd, "train", config, "--dry-run", *words)
+    if "not a multiple" not in says:
+        assert says in refused(capfd, "evaluate", config, *words)
+    assert "/nowhere: no such directory of shards" in refused(capfd, "evaluate", config, "data.evaluate.val=/nowhere")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_examples_work_on_the_data_of_the_quickstart(
+    tmp_path: Path, shards: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "runs/quickstart/data"
+    data.mkdir(parents=True)
+    for split in ("train", "heldout", "ood"):
+        (data / split).symlink_to(shards)
+    monkeypatch.chdir(tmp_path)
+    for page in ([], ["train"]):
+        with pytest.raises(SystemExit):
+            main([*page, "--help"])
+        (example,) = [line for line in capfd.readouterr().out.splitlines() if "vlmr1 train configs/" in line]
+        assert main([*example.split()[1:], "--dry-run"]) == 0
+        assert "run_dir: runs/short" in capfd.readouterr().out  # not the quickstart's own, which has other settings
 
 
 def test_dry_run_prints_the_resolved_config(tmp_path: Path, shards: Path, capfd: pytest.CaptureFixture[str]) -> None:

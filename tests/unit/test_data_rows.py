@@ -24,6 +24,7 @@ def test_question_and_truth_are_stripped() -> None:
     assert (parsed.question, parsed.solution, parsed.images) == ("Which?", "[1, 2]", ())
     assert parse(turns("q", "an <answer> left open")).solution == "an <answer> left open"
     assert parse(turns("q", 7)).solution == "7"
+    assert parse(turns("q", [1, 2.5, 3, 4])).solution == "[1, 2.5, 3, 4]"
 
 
 BAD_ROWS = {
@@ -39,7 +40,9 @@ BAD_ROWS = {
     turns("q", "<answer> </answer>"): "truth is empty",
     turns("<image>", "a"): "question is empty",
     turns(["q"], "a"): "value of the human turn",
+    turns([1, 2], "a"): "value of the human turn",
     turns("q", None): "value of the gpt turn",
+    turns("q", {"a": 1}): "value of the gpt turn",
     turns("q", True): "value of the gpt turn",
     turns("q", "a")[:-1] + b', "image": 3}': "image must be",
     turns("q", "a")[:-1] + b', "image": [""]}': "image must be",

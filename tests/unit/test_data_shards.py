@@ -149,7 +149,9 @@ def test_bad_rows_go_to_the_ledger(tmp_path: Path) -> None:
     ledger = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
     assert [(entry["file"], entry["line"]) for entry in ledger] == [(str(jsonl), 5), (str(jsonl), 13 - 2)]
     assert "not JSON" in ledger[0]["reason"] and "must be relative" in ledger[1]["reason"]
-    with pytest.raises(ValueError, match=r"rows.jsonl:5: not JSON.*first of 2 bad rows in 10; 19.00% are allowed"):
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl:5: not JSON.*first of 2 bad rows in 10; --max-rejected 0.20 would"
+    ):
         build([jsonl], [root], tmp_path / "none", 10**6, max_rejected_frac=0.19)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out", "rows.jsonl"]
 

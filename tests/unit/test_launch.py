@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_vlmr1.launch.local import new_attempt, run_ranks
+from megatron_vlmr1.launch.local import INSIST_S, new_attempt, run_ranks
 from megatron_vlmr1.runtime.signals import StopFlag
 
 
@@ -208,7 +208,33 @@ def test_a_signal_is_passed_on_once_and_the_outcome_file_decides(tmp_path, capfd
     for rank in range(2):
         assert f"{number.name} 1\n" in (tmp_path / "logs" / f"rank_{rank}.log").read_text()
     said = capfd.readouterr().err
-    assert said == f"vlmr1: {number.name}: asked the ranks to stop\nvlmr1: {number.name} (step 4, exit code 85)\n"
+    assert said == f"vlmr1: {number.name}: asked the ranks to stop and save; a second Ctrl-C kills them\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_kills_deaf_ranks(tmp_path, capfd, number):
+    program = f"""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)
+    open(f"{tmp_path}/ready{{os.environ['RANK']}}", "w")
+    time.sleep(60)
+    """
+    times = []
+
+    def knock() -> None:
+        wait_until(lambda: (tmp_path / "ready0").exists() and (tmp_path / "ready1").exists())
+        for each, pause in ((signal.SIGUSR1, 0.1), (number, INSIST_S / 2), (number, INSIST_S), (number, 0)):
+            times.append(time.monotonic())
+            os.kill(os.getpid(), each)
+            time.sleep(pause)
+
+    thread = threading.Thread(target=knock)
+    thread.start()
+    assert run_ranks(2, python(program), tmp_path / "logs") == 128 + number
+    thread.join()
+    assert 0 <= time.monotonic() - times[-1] < 2  # not of the one that came too soon after the first
+    said = capfd.readouterr().err
+    assert said.endswith(f"vlmr1: {number.name} again: killed the ranks\n") and said.count("\n") == 2
 
 
 def test_ranks_that_leave_in_order_have_time_for_it(tmp_path, capfd):

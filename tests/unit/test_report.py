@@ -200,6 +200,23 @@ def test_accuracy_gets_its_ends_from_the_summary(full_run):
     assert facts.accuracy_series(load_run(full_run))["heldout"] == ([0, 39], [0.5, 0.75])
 
 
+def test_any_split_that_was_evaluated_is_compared(tmp_path):
+    write_metrics(tmp_path, steps=10)
+    (tmp_path / "evaluations/images").mkdir(parents=True)
+    for label, accuracy in (("before", 0.25), ("after", 0.5)):
+        figures = {"acc50": accuracy, "iou_mean": accuracy / 2, "format_rate": 1.0}
+        (tmp_path / f"evaluations/{label}.json").write_text(json.dumps({"val": figures, "test_b": {"acc50": 0.5}}))
+        rows = [row(f"k{i}", accuracy) for i in range(3)]
+        (tmp_path / f"evaluations/{label}_val.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for i in range(3):
+        (tmp_path / f"evaluations/images/k{i}.png").write_bytes(png(i))
+    text = Page(build(tmp_path)).text
+    assert "test_b val Measure before after change before after change" in text
+    assert "Acc@0.5 greedy 50.0 % 50.0 % ±0.0 25.0 % 50.0 % +25.0" in text
+    assert "val +0.0 ± 0.0 points (n = 3)" in text and "All 3 samples of val" in text
+    assert facts.accuracy_series(load_run(tmp_path))["val"] == ([0, 10], [0.25, 0.5])
+
+
 def test_paired_note(full_run):
     _, _, notes = facts.comparison(load_run(full_run))
     # 14 of 24 answers end above IoU .5, none began there: mean .5833, s.e. sqrt(.5833 * .4167 / 23) = .1028

@@ -1,0 +1,65 @@
+"""`vlmr1` on a disk that fails: as each checkpoint is written, one rank cannot write one file.
+
+Called as ``failing_disk.py PLAN WORDS…``; PLAN has one entry for each attempt to save, ``RANK:NAME`` for a file whose
+name begins with NAME, or ``-`` for an attempt that succeeds; attempts after the last entry succeed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_vlmr1.cli.main import main
+
+
+def break_disk(plan: list[str]) -> None:
+    import torch
+    from safetensors import SafetensorError
+
+    from megatron_vlmr1.checkpoint import state, writer
+    from megatron_vlmr1.train.checkpoints import Checkpoints
+
+    broken = ""
+
+    def full(path: object) -> bool:
+        return bool(broken) and Path(os.fsdecode(str(path))).name.startswith(broken)
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.mkdir") and isinstance(arguments[0], str | Path) and full(arguments[0]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
+
+    def in_rust(original: Any) -> Any:
+        def save_file(tensors: Any, path: Path, *args: Any, **kwargs: Any) -> None:
+            if full(path):
+                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            original(tensors, path, *args, **kwargs)
+
+        return save_file
+
+    def in_cpp(data: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(path, str | Path) and full(path):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed\nwriting file")
+        torch_save(data, path, *args, **kwargs)
+
+    original, torch_save = Checkpoints.save, torch.save
+
+    def save(self: Checkpoints, *args: Any) -> bool:
+        nonlocal broken
+        rank, _, name = (plan.pop(0) if plan else "-").partition(":")
+        broken = name if rank == os.environ["RANK"] else ""
+        try:
+            return original(self, *args)
+        finally:
+            broken = ""
+
+    Checkpoints.save = save
+    state.save_file, writer.save_file, torch.save = in_rust(state.save_file), in_rust(writer.save_file), in_cpp
+    sys.addaudithook(audit)
+
+
+if __name__ == "__main__":
+    break_disk(sys.argv[1].split(","))
+    sys.exit(main(sys.argv[2:]))

@@ -1,0 +1,105 @@
+"""What a resumed run takes back, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from megatron_vlmr1 import config
+from megatron_vlmr1.checkpoint.locate import hf_directory
+from megatron_vlmr1.data.feed import truncate_ledger
+from megatron_vlmr1.data.index import ShardSet
+from megatron_vlmr1.telemetry.metrics import read_metrics
+from megatron_vlmr1.train.checkpoints import check_config
+from tests import jobs
+
+
+def damage(shards: Path, numbers: range) -> None:
+    """Flip bytes of some samples."""
+    opened = ShardSet.open(shards)
+    for number in numbers:
+        shard, key = opened.locate(number)
+        tar = shards / shard
+        data = bytearray(tar.read_bytes())
+        at = data.find(b"question", data.find(f"{key}.json".encode()))
+        data[at] ^= 1
+        tar.write_bytes(data)
+
+
+def weights_changed_by(factor: float, directory: Path) -> None:
+    path = directory / "model.safetensors"
+    save_file({name: tensor * factor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+
+
+@pytest.mark.timeout(200)
+def test_what_a_resumed_run_repeats_and_refuses(tmp_path: Path) -> None:
+    shards = jobs.build_shards(tmp_path, "train", 8)
+    damage(shards, range(0, 8, 2))
+    reference = tmp_path / "reference"
+    shutil.copytree(hf_directory("asset:tiny_vlm"), reference)
+    weights_changed_by(1.03, reference)
+    written = jobs.write_config(
+        tmp_path,
+        shards,
+        parallel={"tensor_model_parallel_size": 1},
+        model={"reference_path": str(reference)},
+        grpo={"beta": 0.04},
+        train={"steps": 2, "save_every": 1},
+    )
+    run = tmp_path / "run"
+    code, output = jobs.run("train", written)
+    assert code == 0, output
+    first = read_metrics(run)
+    assert first[0][1]["grpo/kl"] > 1e-4  # the policy is not the reference
+    ledger = (run / "ledger/rank_0.jsonl").read_bytes()
+    assert ledger.count(b"\n") == 4
+
+    shutil.rmtree(run / "checkpoints/step_2")
+    code, output = jobs.run("train", written)
+    assert code == 0, output
+    assert "step_1" in output and "Warning" not in output
+    assert (run / "ledger/rank_0.jsonl").read_bytes() == ledger
+    again = read_metrics(run)
+    assert [step for step, _ in again] == [0, 1]
+    for name in ("reward/mean", "grpo/kl", "train/grad_norm", "data/skipped"):
+        assert [row[name] for _, row in again] == [row[name] for _, row in first], name
+
+    shutil.rmtree(run / "checkpoints/step_2")
+    weights_changed_by(1.01, reference)
+    for words, says in (
+        ([], f"model.reference_path={reference}: not the weights that {run} was started with"),
+        (["rollout.num_generations=3"], "was started with rollout.num_generations=4, not 3"),
+    ):
+        code, output = jobs.run("train", written, *words)
+        assert code == 2 and says in output, output
+
+
+def test_a_config_of_another_version_is_compared_by_its_meaning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = config.load(jobs.write_config(tmp_path, tmp_path))
+    saved = cfg.model_dump(mode="json")
+    del saved["recompute"], saved["grpo"]["truncated_importance"], saved["rollout"]["min_p"]
+    check_config(cfg, saved)
+    assert not caplog.records
+    saved["grpo"]["gamma"] = 1
+    saved["telepathy"] = {"on": True}
+    check_config(cfg, saved)
+    assert "keys that are not known here: grpo.gamma, telepathy" in caplog.text
+    saved["rollout"]["min_p"] = 0.5
+    with pytest.raises(ValueError, match="was started with rollout.min_p=0.5, not 0.0"):
+        check_config(cfg, saved)
+
+
+def test_ledgers_are_cut_where_the_run_resumes(tmp_path: Path) -> None:
+    rows = {0: (0, 2, 8), 1: (1, 9), 2: ()}
+    for rank, positions in rows.items():
+        lines = [f'{{"position":{position},"reason":"r"}}\n' for position in positions]
+        (tmp_path / f"rank_{rank}.jsonl").write_text("".join(lines) + '{"posi' * (rank == 1))
+    truncate_ledger(tmp_path, 8)
+    kept = [(tmp_path / f"rank_{rank}.jsonl").read_text() for rank in rows]
+    assert kept == ['{"position":0,"reason":"r"}\n{"position":2,"reason":"r"}\n', '{"position":1,"reason":"r"}\n', ""]
+    truncate_ledger(tmp_path / "none", 8)
