@@ -109,4 +109,4 @@ def _be_a_rank(cfg: Config) -> int:
 
 def _write_outcome(log_dir: Path, reason: str, code: int, step: int | None) -> None:
     """Say how the attempt ended, for the launcher or the batch script."""
-    write_atomic(log_dir / "outcome.json", json_line({"reason": reason, "code": code, "step": step}))
+    write_atomic(log_dir / "outcome.json", json_line({"reason": " ".join(reason.split()), "code": code, "step": step}))
