@@ -95,7 +95,7 @@ def random_prompt(directory: Path, position: int, text: int, images: Sequence[Im
 
 
 def mixed_prompts(directory: Path) -> list[Prompt]:
-    """Return text-only prompts at even positions; one image, two of unlike sizes, and a shared image at odd ones."""
+    """Return text-only prompts at even positions; at odd ones one image, two, and three with a shared one."""
     square = random_image(0, 8, 8)
     shapes: list[tuple[int, tuple[ImagePatches, ...]]] = [
         (7, ()),
@@ -103,7 +103,7 @@ def mixed_prompts(directory: Path) -> list[Prompt]:
         (3, ()),
         (5, (random_image(1, 4, 6), random_image(2, 20, 10))),
         (9, ()),
-        (4, (random_image(3, 2, 2), square)),
+        (4, (random_image(3, 2, 2), square, random_image(4, 6, 2))),
     ]
     return [random_prompt(directory, i, text, images) for i, (text, images) in enumerate(shapes)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 
@@ -27,9 +28,20 @@ class Reference:
         finally:
             self._exchange()
 
+    @cached_property
+    def _same_tower(self) -> bool:
+        """Whether image embeddings are the reference's as well: a frozen tower that has its weights."""
+        tower = self._policy.chunks[0].vision
+        if tower is None or not self._policy.freeze_vision:
+            return False
+        mine = {id(parameter) for parameter in tower.parameters()}
+        pairs = zip(self._policy.parameters(), self._values, strict=True)
+        return all(torch.equal(parameter.cpu(), value) for parameter, value in pairs if id(parameter) in mine)
+
     @torch.no_grad()
     def _exchange(self) -> None:
-        self._policy.forget_features()
+        if not self._same_tower:
+            self._policy.forget_features()
         for parameter, value in zip(self._policy.parameters(), self._values, strict=True):
             mine = parameter.detach().to("cpu", copy=True)
             parameter.copy_(value)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from megatron_vlmr1 import config
+from megatron_vlmr1.checkpoint import weights
+from megatron_vlmr1.grpo.reference import Reference
 from megatron_vlmr1.grpo.update import GrpoUpdate, Updater
 from megatron_vlmr1.parallel import optimizer as parallel_optimizer
 from megatron_vlmr1.rollout.sampling import Sampling
@@ -18,6 +20,7 @@ from tests.distributed import plain, ranks, work
 from tests.distributed.plain import within
 
 LEARNING_RATE = 3e-3
+IMAGES = 5  # unlike ones in the prompts
 
 
 @pytest.fixture(scope="module")
@@ -199,12 +202,25 @@ def test_each_image_goes_through_the_tower_once(mesh, directory, frozen):
     policy.model.vision.register_forward_hook(lambda module, given, result: seen.append(len(given[1])))
     images = {image.digest for prompt in mixed_prompts(directory / "policy") for image in prompt.images}
     groups = rollout(policy, directory)
-    assert sum(seen) == len(images) == 4
+    assert sum(seen) == len(images) == IMAGES
     work.still_update(policy, None, work.LARGE)(groups, 0.0)
-    assert sum(seen) == (4 if frozen else 8)  # with gradients the tower must run again
+    assert sum(seen) == (IMAGES if frozen else 2 * IMAGES)  # with gradients the tower must run again
     if not frozen:
         rollout(policy, directory)
-        assert sum(seen) == 12  # its weights may have changed
+        assert sum(seen) == 3 * IMAGES  # its weights may have changed
     policy.forget_features()
     rollout(policy, directory)
-    assert sum(seen) == (8 if frozen else 16)
+    assert sum(seen) == (2 * IMAGES if frozen else 4 * IMAGES)
+
+
+def test_a_frozen_tower_runs_once_for_rollout_reference_and_training(mesh, directory):
+    """Its embeddings are the reference's too, unless the reference comes with another tower."""
+    for of_reference, passes in (("policy", 1), ("reference", 3)):
+        policy = work.load_policy(directory / of_reference, mesh, freeze_vision=True)
+        reference = Reference(policy)
+        weights.load(policy.chunks, weights.HfWeights(directory / "policy"))
+        policy.wrap_for_training()
+        seen: list[int] = []
+        policy.model.vision.register_forward_hook(lambda module, given, result, seen=seen: seen.append(len(given[1])))
+        work.still_update(policy, reference, work.LARGE)(rollout(policy, directory), 0.0)
+        assert sum(seen) == passes * IMAGES
