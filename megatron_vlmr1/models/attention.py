@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_vlmr1.runtime import device
+from megatron_vlmr1.types import IntArray
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,17 @@ class Attend(Protocol):
         ...
 
 
+Rows = slice | torch.Tensor  # of a packed row: one after another, which needs no copy, or their numbers
+
+
 @dataclass(frozen=True)
 class _Bucket:
     """Segments of like lengths, padded to one shape: B segments, Lq queries and Lk keys each."""
 
-    q_index: torch.Tensor  # [B * Lq]
-    k_index: torch.Tensor  # [B * Lk]
-    mask: torch.Tensor | None  # [B, 1, Lq, Lk], True where a query sees a key
+    queries: Rows  # [B * Lq]
+    keys: Rows  # [B * Lk]
+    mask: torch.Tensor | None  # [B, 1, Lq, Lk], True where a query sees a key; None: all, or as `causal` says
+    causal: bool  # every query sees the keys up to its own
     valid: torch.Tensor | None  # [n], positions within [B * Lq] that are real queries; None: all
     batch: int
 
@@ -57,24 +62,37 @@ class AttentionPlan:
             if s.stop > s.start:
                 keys = s.stop - s.start + (s.prefix[1] - s.prefix[0] if s.prefix else 0)
                 buckets[_rung(s.stop - s.start), _rung(keys)].append(s)
-        self._buckets = [_bucket(members, causal) for members in buckets.values()]
-        order = [b.q_index if b.valid is None else b.q_index[b.valid] for b in self._buckets]
-        self._inverse = torch.argsort(torch.cat(order)) if order else None
+        made = [_bucket(members, causal) for members in buckets.values()]
+        self._buckets = [bucket for bucket, _ in made]
+        order = np.concatenate([tokens for _, tokens in made]) if made else np.zeros(0, dtype=np.int64)
+        self._inverse = _rows(np.argsort(order))
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `Attend`; every token must lie in exactly one segment."""
-        if self._inverse is None:
+        if not self._buckets:
             return q
         outputs = []
         for b in self._buckets:
             out = _grouped_attention(
-                q.index_select(0, b.q_index).unflatten(0, (b.batch, -1)),
-                k.index_select(0, b.k_index).unflatten(0, (b.batch, -1)),
-                v.index_select(0, b.k_index).unflatten(0, (b.batch, -1)),
+                _take(q, b.queries).unflatten(0, (b.batch, -1)),
+                _take(k, b.keys).unflatten(0, (b.batch, -1)),
+                _take(v, b.keys).unflatten(0, (b.batch, -1)),
                 b.mask,
+                b.causal,
             ).flatten(0, 1)
             outputs.append(out if b.valid is None else out.index_select(0, b.valid))
-        return torch.cat(outputs).index_select(0, self._inverse)
+        return _take(torch.cat(outputs) if len(outputs) > 1 else outputs[0], self._inverse)
+
+
+def _rows(numbers: IntArray) -> Rows:
+    start = int(numbers[0]) if numbers.size else 0
+    if np.array_equal(numbers, np.arange(start, start + numbers.size)):
+        return slice(start, start + numbers.size)
+    return torch.from_numpy(numbers).to(device.device())
+
+
+def _take(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
 
 
 def _rung(n: int) -> int:
@@ -83,36 +101,49 @@ def _rung(n: int) -> int:
     return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
 
 
-def _bucket(members: list[Segment], causal: bool) -> _Bucket:
+def _bucket(members: list[Segment], causal: bool) -> tuple[_Bucket, IntArray]:
+    """Return the bucket, and the token of each row that it puts out."""
     nq = np.array([s.stop - s.start for s in members])
     prefix = np.array([s.prefix or (0, 0) for s in members])
     np_ = prefix[:, 1] - prefix[:, 0]
     lq, lk = int(nq.max()), int((nq + np_).max())
     row_q, row_k = np.arange(lq)[None], np.arange(lk)[None]
     start = np.array([s.start for s in members])[:, None]
-    q_index = np.where(row_q < nq[:, None], start + row_q, start)
+    queries = np.where(row_q < nq[:, None], start + row_q, start)
     own = row_k - np_[:, None]  # index among the segment's own keys
-    k_index = np.where(own < 0, prefix[:, :1] + row_k, start + np.minimum(own, nq[:, None] - 1))
-    seen = np.broadcast_to(own[:, None, :] < nq[:, None, None], (len(members), lq, lk))
-    if causal:
-        seen = seen & (own[:, None, :] <= row_q[:, :, None])
+    keys = np.where(own < 0, prefix[:, :1] + row_k, start + np.minimum(own, nq[:, None] - 1))
     real = row_q < nq[:, None]
-    seen = seen | ~real[:, :, None]  # a padded query sees everything: no empty softmax
-    where = device.device()
     uniform = bool(real.all())
-    return _Bucket(
-        q_index=torch.from_numpy(q_index.reshape(-1)).to(where),
-        k_index=torch.from_numpy(k_index.reshape(-1)).to(where),
-        mask=None if seen.all() else torch.from_numpy(seen[:, None].copy()).to(where),
-        valid=None if uniform else torch.from_numpy(np.flatnonzero(real)).to(where),
+    plain = uniform and lk == lq  # no padding and no prefix
+    mask = None
+    if not plain:
+        seen = np.broadcast_to(own[:, None, :] < nq[:, None, None], (len(members), lq, lk))
+        if causal:
+            seen = seen & (own[:, None, :] <= row_q[:, :, None])
+        seen = seen | ~real[:, :, None]  # a padded query sees everything: no empty softmax
+        mask = None if seen.all() else torch.from_numpy(seen[:, None].copy()).to(device.device())
+    bucket = _Bucket(
+        queries=_rows(queries.reshape(-1)),
+        keys=_rows(keys.reshape(-1)),
+        mask=mask,
+        causal=causal and plain,
+        valid=None if uniform else torch.from_numpy(np.flatnonzero(real)).to(device.device()),
         batch=len(members),
     )
+    return bucket, queries[real]
 
 
-def _grouped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _grouped_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> torch.Tensor:
     """Attention of q [B, Lq, H, D] over k, v [B, Lk, Hkv, D] -> [B, Lq, H, D]."""
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, enable_gqa=q.shape[2] != k.shape[2]
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
 

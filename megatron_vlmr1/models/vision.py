@@ -69,14 +69,15 @@ class _Attention(torch.nn.Module):
         self.proj = torch.nn.Linear(shape.hidden_size, shape.hidden_size, **kw)
 
     def forward(self, x: torch.Tensor, plan: AttentionPlan, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).view(x.shape[0], 3, self.heads, -1).unbind(1)  # [N, heads, D]
-        q, k = (_rotate(y, cos, sin) for y in (q, k))
-        return self.proj(plan.attend(0, q, k, v).reshape(x.shape))
+        qkv = self.qkv(x).view(x.shape[0], 3, self.heads, -1)  # [N, 3, heads, D]
+        q, k = _rotate(qkv[:, :2], cos, sin).unbind(1)
+        return self.proj(plan.attend(0, q, k, qkv[:, 2]).reshape(x.shape))
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    low, high = x.float().chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+    """Turn the pairs (i, i + D / 2) of x [..., D]. The first half of `sin` is negated."""
+    y = x.float()
+    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class _Mlp(torch.nn.Module):
@@ -124,9 +125,11 @@ class _PatchEmbed(torch.nn.Module):
         size = (shape.in_channels, shape.temporal_patch_size, shape.patch_size, shape.patch_size)
         self.proj = _Weight(shape.hidden_size, *size, **kw)
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        # The published convolution has kernel = stride = the patch: a matrix product on flattened patches.
-        return F.linear(patches, self.proj.weight.flatten(1))
+    def forward(self, patches: Sequence[torch.Tensor]) -> torch.Tensor:
+        # The published convolution has kernel = stride = the patch: a matrix product on flattened patches. They are
+        # many times larger than what comes out, so that they are not brought together first.
+        weight = self.proj.weight.flatten(1)
+        return torch.cat([F.linear(x.to(weight.device, weight.dtype), weight) for x in patches])
 
 
 class _Merger(torch.nn.Module):
@@ -159,8 +162,8 @@ class VisionTower(MegatronModule):
         for parameter in self.parameters():
             parameter.sum_gradients_across_tp = True  # type: ignore[attr-defined]  # each rank saw its own images
 
-    def forward(self, patches: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Map patches [N, patch_dim] of images laid one after another to [N / merge_unit, out_hidden]."""
+    def forward(self, patches: Sequence[torch.Tensor], grids: Sequence[Grid]) -> torch.Tensor:
+        """Map each image's patches [n, patch_dim] to [N / merge_unit, out_hidden], one image after another."""
         s = self.shape
         layouts = [_layout(grid, s.spatial_merge_size, self.window) for grid in grids]
         units = np.cumsum([0] + [lay.order.size for lay in layouts])
@@ -169,11 +172,12 @@ class VisionTower(MegatronModule):
         windowed = AttentionPlan(_segments(np.concatenate([lay.windows for lay in layouts]).tolist()), causal=False)
         full = AttentionPlan(_segments(frames), causal=False)
 
-        index = torch.from_numpy(order).to(patches.device)
-        x = self._by_unit(self.patch_embed(patches), index)
-        positions = torch.from_numpy(np.concatenate([lay.positions for lay in layouts])).to(patches.device)
-        angles = self._by_unit(self._angles(positions), index)[:, None, :]  # [N, 1, D / 2]
-        cos, sin = angles.cos(), angles.sin()
+        x = self.patch_embed(patches)
+        index = torch.from_numpy(order).to(x.device)
+        x = self._by_unit(x, index)
+        positions = torch.from_numpy(np.concatenate([lay.positions for lay in layouts])).to(x.device)
+        angles = self._by_unit(self._angles(positions), index)[:, None, None, :]  # [N, 1, 1, D / 2]
+        cos, sin = torch.cat((angles.cos(),) * 2, -1), torch.cat((-angles.sin(), angles.sin()), -1)
         for i, block in enumerate(self.blocks):
             plan = full if i in s.full_attention_blocks else windowed
             if self.recompute and torch.is_grad_enabled():
@@ -246,8 +250,7 @@ def encode(tower: VisionTower, images: Sequence[ImagePatches], mesh: Mesh) -> li
     mine = [images[i] for i in shares[mesh.tp_rank]]
     weight = tower.patch_embed.proj.weight
     if mine:
-        patches = torch.from_numpy(np.concatenate([image.patches for image in mine])).to(weight.device, weight.dtype)
-        rows = tower(patches, [image.grid_thw for image in mine])
+        rows = tower([torch.from_numpy(image.patches) for image in mine], [image.grid_thw for image in mine])
     else:
         rows = weight.new_zeros(0, shape.out_hidden_size)
     if mesh.tp_size > 1:

@@ -81,23 +81,23 @@ class Forward:
         self.heads = self.text.num_heads // self.mesh.tp_size
         self._eps = torch.tensor(self.text.norm_eps, device=device.device())
         self._frequencies = _frequencies(self.text).to(device.device())
-        self._text = self.rotation(torch.arange(positions, device=device.device()).expand(3, -1))
+        everywhere = torch.arange(positions, device=device.device()).expand(3, -1)
+        self._text = self.rotation(everywhere, query_scale=self.text.head_dim**-0.5)
 
-    def rotation(self, positions: torch.Tensor) -> Rotation:
-        """Return the factors at M-RoPE positions [3, T], in the type of the activations."""
+    def rotation(self, positions: torch.Tensor, query_scale: float = 1.0) -> Rotation:
+        """Return the factors at M-RoPE positions [3, T], those of queries times a scale; in the type of activations."""
         angles = (positions.t()[:, :, None].float() * self._frequencies).sum(1)  # [T, D / 2]
         cos, sin = angles.cos(), angles.sin()
-        turned = self.heads // self.kv_heads + 1  # queries and the key
-        cos, sin = (torch.cat(pair, -1)[:, None].expand(-1, turned, -1) for pair in ((cos, cos), (-sin, sin)))
-        last = cos[:, :1]
+        cos, sin = (torch.cat(pair, -1)[:, None] for pair in ((cos, cos), (-sin, sin)))  # [T, 1, D]
+        queries = (-1, self.heads // self.kv_heads, -1)
         dtype = self.policy.chunks[0].dtype
         return Rotation(
-            torch.cat((cos, torch.ones_like(last)), 1).to(dtype)[:, None],
-            torch.cat((sin, torch.zeros_like(last)), 1).to(dtype)[:, None],
+            torch.cat(((cos * query_scale).expand(queries), cos, torch.ones_like(cos)), 1).to(dtype)[:, None],
+            torch.cat(((sin * query_scale).expand(queries), sin, torch.zeros_like(sin)), 1).to(dtype)[:, None],
         )
 
     def rotation_of_text(self, positions: torch.Tensor) -> Rotation:
-        """Return the factors at positions [n] of text, whose three rows are alike; looked up."""
+        """Return the factors at positions [n] of text, whose three rows are alike; queries are divided by sqrt(D)."""
         return Rotation(*(table.index_select(0, positions) for table in self._text))
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,7 @@ class Forward:
         """Return `models.layers.rms_norm`, in half its kernels where there are no gradients."""
         norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
         scale = torch.addcmul(self._eps, norm, norm, value=1.0 / x.shape[1]).rsqrt_()
-        return weight * (x * scale).to(x.dtype)
+        return (x * scale).type_as(x).mul_(weight)
 
     def _own_heads(self, qkv: torch.Tensor) -> torch.Tensor:
         """Return this rank's heads [T, Hkv, q..q k v, D] of its fused rows."""

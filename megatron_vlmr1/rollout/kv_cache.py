@@ -63,9 +63,9 @@ class KvCache:
         prompts, rows = (size.prompts, kv_heads, 2, size.prompt_tokens), (size.rows, kv_heads, 2, size.row_tokens)
         self.prompt = torch.zeros(layers, *prompts, head_dim, dtype=dtype, device=where)
         self.own = torch.zeros(layers, *rows, head_dim, dtype=dtype, device=where)
-        # What is added to a row's scores: 0 where it may see, else -inf.
-        self.prompt_mask = torch.full((size.rows, size.prompt_tokens), _NEVER, device=where)
-        self.own_mask = torch.full((size.rows, size.row_tokens), _NEVER, device=where)
+        # What is added to scores: 0 at a prompt's keys and at those of its own that a row may see, else -inf.
+        self.prompt_mask = torch.full((size.prompts, size.prompt_tokens), _NEVER, dtype=dtype, device=where)
+        self.own_mask = torch.full((size.rows, size.row_tokens), _NEVER, dtype=dtype, device=where)
 
     @property
     def bytes(self) -> int:
@@ -73,23 +73,34 @@ class KvCache:
         tensors = (self.prompt, self.own, self.prompt_mask, self.own_mask)
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def open_rows(self, rows: IntArray, prompt_lengths: IntArray) -> None:
-        """Let new rows see the first `prompt_lengths` keys of their prompts, and nothing of their own yet."""
-        at = _index(rows)
+    def open_prompts(self, slots: IntArray, lengths: IntArray) -> None:
+        """Let the first `lengths` keys of new prompts be seen."""
+        at = _index(slots)
         columns = torch.arange(self.size.prompt_tokens, device=at.device)
-        self.prompt_mask[at] = torch.where(columns < _index(prompt_lengths)[:, None], 0.0, _NEVER)
-        self.own_mask[at] = _NEVER
+        seen = columns < _index(lengths)[:, None]
+        self.prompt_mask[at] = torch.where(seen, 0.0, _NEVER).to(self.prompt_mask.dtype)
 
-    def move_rows(self, source: IntArray, target: IntArray) -> None:
-        """Put rows into other slots."""
+    def open_rows(self, rows: IntArray) -> None:
+        """Let new rows see nothing of their own yet."""
+        self.own_mask[_index(rows)] = _NEVER
+
+    def columns(self, oldest: int, tick: int) -> slice:
+        """Return the columns in use from one tick to another, or all of them where those run round the end."""
+        first, last = oldest % self.size.row_tokens, tick % self.size.row_tokens
+        return slice(first, last + 1) if first <= last else slice(0, self.size.row_tokens)
+
+    def move_rows(self, source: IntArray, target: IntArray, columns: slice) -> None:
+        """Put rows, of which only some columns are in use, into other slots."""
         s, t = _index(source), _index(target)
-        self.own[:, t] = self.own[:, s]
-        self.prompt_mask[t] = self.prompt_mask[s]
+        own = self.own[:, :, :, :, columns]
+        own[:, t] = own[:, s]
         self.own_mask[t] = self.own_mask[s]
 
     def move_prompts(self, source: IntArray, target: IntArray) -> None:
         """Put prompts into other slots."""
-        self.prompt[:, _index(target)] = self.prompt[:, _index(source)]
+        s, t = _index(source), _index(target)
+        self.prompt[:, t] = self.prompt[:, s]
+        self.prompt_mask[t] = self.prompt_mask[s]
 
 
 class Prefill:
@@ -106,82 +117,93 @@ class Prefill:
         return self._plan.attend(layer, qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1])
 
 
-class Grouping:
-    """Which prompt each row in use belongs to, as a grid of prompts by rows: a prompt's keys are read once for all.
+class Occupancy:
+    """Which rows are decoded, of which prompts: the same from tick to tick until somebody comes or leaves.
 
-    Entries are (row, key/value head) pairs: the grid goes [prompts, Hkv, width], and holes repeat some row.
+    A prompt's keys are read once for all its rows, which lie side by side in a grid of prompts by rows. Entries are
+    (row, key/value head) pairs: the grid goes [prompts, Hkv, width], and holes repeat some row.
     """
 
-    def __init__(self, prompt_of_row: IntArray, prompts: int, kv_heads: int) -> None:
-        """`prompt_of_row` [n] are prompt slots; `prompts` of them are in use."""
-        n = len(prompt_of_row)
-        order = np.argsort(prompt_of_row, kind="stable")
-        counts = np.bincount(prompt_of_row, minlength=prompts)
-        width = int(counts.max(initial=0))
-        place = np.empty(n, dtype=np.int64)  # within its group
-        place[order] = np.arange(n) - np.repeat(np.cumsum(counts) - counts, counts)
-        rows = np.zeros((prompts, width), dtype=np.int64)
-        rows[prompt_of_row, place] = np.arange(n)
-        heads = np.arange(kv_heads)
-        self.prompts = prompts
-        self._pairs = _index((rows[:, None] * kv_heads + heads[:, None]).reshape(-1))
-        cells = (prompt_of_row[:, None] * kv_heads + heads) * width + place[:, None]
-        self._cells = _index(cells.reshape(-1))
-        self._batches = prompts * kv_heads
-
-    def to_grid(self, x: torch.Tensor) -> torch.Tensor:
-        """[n * Hkv, per, X] -> [prompts * Hkv, width * per, X]."""
-        return x.index_select(0, self._pairs).view(self._batches, -1, x.shape[2])
-
-    def to_rows(self, x: torch.Tensor, per: int) -> torch.Tensor:
-        """[prompts * Hkv, width * per, X] -> [n * Hkv, per, X]."""
-        return x.view(-1, per, x.shape[2]).index_select(0, self._cells)
-
-
-class Decode:
-    """Attention of one token of every row in use over its prompt's keys and its own."""
-
-    def __init__(
-        self, cache: KvCache, grouping: Grouping, rows: int, prompt_tokens: int, tick: int, oldest: int
-    ) -> None:
-        """Prepare a tick.
+    def __init__(self, cache: KvCache, lengths: IntArray, prompt_of_row: IntArray, since: IntArray) -> None:
+        """Look at the first rows and prompts of a cache.
 
         Args:
             cache: of this stage.
-            grouping: prompts of the rows.
-            rows: that are decoded: the first ones.
-            prompt_tokens: of the longest prompt in use.
-            tick: number of this tick.
-            oldest: number of the first tick whose keys a row in use still sees.
+            lengths: tokens [P] of the prompts, by slot.
+            prompt_of_row: slot [n] of each row's prompt.
+            since: first tick [n] whose keys each row sees.
         """
-        tokens = cache.size.row_tokens
-        self._rows, self._grouping, self._prompt_tokens = rows, grouping, prompt_tokens
-        self._column = tick % tokens
-        first = oldest % tokens
-        # Columns in use run from the oldest to this one, or round the end: then all of them are read.
-        self._columns = slice(first, self._column + 1) if first <= self._column else slice(0, tokens)
-        self._prompt = cache.prompt[:, : grouping.prompts, :, :, :prompt_tokens]
-        self._own = cache.own[:, :rows]
-        cache.own_mask[:rows, self._column] = 0.0
-        mask = torch.cat((cache.prompt_mask[:rows, :prompt_tokens], cache.own_mask[:rows, self._columns]), 1)
-        self._mask = mask[:, None]  # [n, 1, keys]
+        self.rows, prompts, heads = len(prompt_of_row), len(lengths), cache.own.shape[2]
+        counts = np.bincount(prompt_of_row, minlength=prompts)
+        place = np.empty(self.rows, dtype=np.int64)  # within its group
+        order = np.argsort(prompt_of_row, kind="stable")
+        place[order] = np.arange(self.rows) - np.repeat(np.cumsum(counts) - counts, counts)
+        width = int(counts.max())
+        rows = np.zeros((prompts, width), dtype=np.int64)
+        rows[prompt_of_row, place] = np.arange(self.rows)
+        head = np.arange(heads)
+        self._batches = prompts * heads
+        self._pairs = _index((rows[:, None] * heads + head[:, None]).reshape(-1))
+        self._cells = _index(((prompt_of_row[:, None] * heads + head) * width + place[:, None]).reshape(-1))
+        self.tokens = int(lengths.max())  # of the longest prompt
+        self.keys, self.values = _by_layer(cache.prompt[:, :prompts, :, :, : self.tokens])
+        self.mask = None  # [P * Hkv, 1, tokens]
+        if (lengths != self.tokens).any():
+            self.mask = cache.prompt_mask[:prompts, : self.tokens].repeat_interleave(heads, 0)[:, None]
+        self.oldest = int(since.min())
+        self.alike = bool((since == self.oldest).all())  # whether all rows see equally many of their own keys
+
+    def to_grid(self, x: torch.Tensor) -> torch.Tensor:
+        """[n * Hkv, per, X] -> [P * Hkv, width * per, X]."""
+        return x.index_select(0, self._pairs).view(self._batches, -1, x.shape[2])
+
+    def to_rows(self, x: torch.Tensor, per: int) -> torch.Tensor:
+        """[P * Hkv, width * per, X] -> [n * Hkv, per, X]."""
+        return x.view(-1, per, x.shape[2]).index_select(0, self._cells)
+
+
+def _by_layer(x: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Return of each layer keys [slots * Hkv, D, tokens] and values [slots * Hkv, tokens, D], views of a cache.
+
+    All layers at once: in a tick of few rows, taking views layer by layer takes longer than the kernels.
+    """
+    x = x.flatten(1, 2)
+    return x[:, :, 0].transpose(2, 3).unbind(0), x[:, :, 1].unbind(0)
+
+
+class Decode:
+    """Attention of one token of every row in use over its prompt's keys and its own, in one tick."""
+
+    def __init__(self, cache: KvCache, occupancy: Occupancy, tick: int) -> None:
+        """`tick` is its number."""
+        rows, column = occupancy.rows, tick % cache.size.row_tokens
+        columns = cache.columns(occupancy.oldest, tick)
+        used = columns.stop - columns.start
+        cache.own_mask[:rows, column] = 0.0
+        own = cache.own[:, :rows]
+        self._occupancy, self._split = occupancy, (occupancy.tokens, used)
+        self._new = own[:, :, :, :, column].unbind(0)  # of each layer [n, Hkv, keys and values, D]
+        self._keys, self._values = _by_layer(own[:, :, :, :, columns])
+        self._mask = None  # [n * Hkv, 1, tokens]
+        if not occupancy.alike or used > tick + 1 - occupancy.oldest:
+            self._mask = cache.own_mask[:rows, columns].repeat_interleave(own.shape[2], 0)[:, None]
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
-        """See `rollout.forward.FusedAttend`."""
-        own, grouping = self._own[layer], self._grouping
-        own[:, :, :, self._column] = qkv[:, :, -2:]
-        # Rows and heads are one dimension from here on: [n * Hkv, ...] and [prompts * Hkv, ...].
-        own_k, own_v = own[:, :, :, self._columns].flatten(0, 1).unbind(1)
-        prompt_k, prompt_v = self._prompt[layer].flatten(0, 1).unbind(1)
-        q = qkv[:, :, :-2].flatten(0, 1)
+        """See `rollout.forward.FusedAttend`; the queries are already divided by sqrt(D)."""
+        prompts = self._occupancy
+        self._new[layer].copy_(qkv[:, :, -2:])
+        q = qkv.flatten(0, 1)[:, :-2]  # rows and heads are one dimension from here on: [n * Hkv, ...]
         _, per, d = q.shape
-        to_prompt = grouping.to_rows(torch.bmm(grouping.to_grid(q), prompt_k.transpose(1, 2)), per)
-        scores = torch.cat((to_prompt, torch.bmm(q, own_k.transpose(1, 2))), dim=-1)
-        scores = torch.add(self._mask, scores.view(self._rows, -1, scores.shape[2]).float(), alpha=d**-0.5)
-        weights = torch.softmax(scores, dim=-1).to(q.dtype).view(-1, per, scores.shape[2])
-        at_prompt, at_own = weights.split((self._prompt_tokens, own_k.shape[1]), dim=-1)
-        from_prompt = grouping.to_rows(torch.bmm(grouping.to_grid(at_prompt), prompt_v), per)
-        return torch.baddbmm(from_prompt, at_own, own_v).view(self._rows, -1, d)
+        at_prompt = prompts.to_rows(_scores(prompts.to_grid(q), prompts.keys[layer], prompts.mask), per)
+        scores = torch.cat((at_prompt, _scores(q, self._keys[layer], self._mask)), dim=-1)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(q)
+        at_prompt, at_own = weights.split(self._split, dim=-1)
+        from_prompt = prompts.to_rows(torch.bmm(prompts.to_grid(at_prompt), prompts.values[layer]), per)
+        return torch.baddbmm(from_prompt, at_own, self._values[layer]).view(prompts.rows, -1, d)
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return torch.bmm(q, k) if mask is None else torch.baddbmm(mask, q, k)
 
 
 def _index(values: IntArray) -> torch.Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vlmr1.rollout.kv_cache import CacheSize, Grouping, KvCache
+from megatron_vlmr1.rollout.kv_cache import CacheSize, KvCache, Occupancy
 from megatron_vlmr1.rollout.sampling import Sampling, draw, streams
 from megatron_vlmr1.types import Completion, FloatArray, IntArray, Prompt
 
@@ -36,14 +36,14 @@ class _Rows:
         self.prompt, self.number, self.limit, self.slot, self.start, self.length, self.since = (
             np.zeros(slots, dtype=np.int64) for _ in range(7)
         )
-        self.stream = np.zeros(slots, dtype=np.uint64)
+        self.uniforms = np.zeros((slots, max_tokens))
         self.tokens = np.zeros((slots, max_tokens), dtype=np.int64)
         self.logprobs = np.zeros((slots, 2, max_tokens), dtype=np.float32)
 
-    def add(self, request: Request, slot: int, prompt: Prompt, stream: np.uint64, tick: int) -> None:
+    def add(self, request: Request, slot: int, prompt: Prompt, tick: int) -> None:
         i = self.n
         self.prompt[i], self.number[i], self.limit[i] = request.prompt, request.number, request.limit
-        self.slot[i], self.start[i], self.stream[i] = slot, prompt.next_position, stream
+        self.slot[i], self.start[i] = slot, prompt.next_position
         self.length[i], self.since[i] = 0, tick
         self.n += 1
 
@@ -81,7 +81,7 @@ class Lane:
         self._stops = np.array(sorted(sampling.stop_ids), dtype=np.int64)
         self._resident: list[int] = []  # prompts, by slot
         self._rows = _Rows(size.rows, sampling.max_new_tokens)
-        self._grouping: Grouping | None = None
+        self._occupancy: Occupancy | None = None
 
     @property
     def busy(self) -> bool:
@@ -109,12 +109,17 @@ class Lane:
                 tokens += length
                 self._resident.append(request.prompt)
                 self.entering.append(request.prompt)
-            stream = streams(self.sampling.seed, np.array([prompt.position]), np.array([request.number]))[0]
+            slot = self._resident.index(request.prompt)
             # Its first key is made in the next tick.
-            rows.add(self._waiting.popleft(), self._resident.index(request.prompt), prompt, stream, self.tick + 1)
+            rows.add(self._waiting.popleft(), slot, prompt, self.tick + 1)
+        if self.entering:
+            cache.open_prompts(self.entering_slots(), self._lengths(self.entering))
         if rows.n > self.decoding:
-            lengths = [len(self.prompts[i].token_ids) for i in rows.prompt[self.decoding : rows.n]]
-            cache.open_rows(np.arange(self.decoding, rows.n), np.array(lengths))
+            new = np.arange(self.decoding, rows.n)
+            cache.open_rows(new)
+            positions = np.array([self.prompts[i].position for i in rows.prompt[new]])
+            state = streams(self.sampling.seed, positions, rows.number[new])
+            rows.uniforms[new] = draw(state[:, None], np.arange(rows.uniforms.shape[1]))
 
     def entering_slots(self) -> IntArray:
         """Return the slots [P] of the prompts that enter."""
@@ -134,25 +139,21 @@ class Lane:
         places = rows.length[:n] - 1
         return rows.tokens[np.arange(n), places], rows.start[:n] + places
 
-    def oldest(self) -> int:
-        """Return the first tick whose keys a row that is decoded sees."""
-        return int(self._rows.since[: self.decoding].min())
+    def occupancy(self, cache: KvCache) -> Occupancy:
+        """Return the rows that are decoded and their prompts."""
+        if self._occupancy is None:
+            settled = self._resident[: len(self._resident) - len(self.entering)]
+            n, rows = self.decoding, self._rows
+            self._occupancy = Occupancy(cache, self._lengths(settled), rows.slot[:n], rows.since[:n])
+        return self._occupancy
 
-    def grouping(self, kv_heads: int) -> Grouping:
-        """Return the prompts of the rows that are decoded."""
-        if self._grouping is None:
-            settled = len(self._resident) - len(self.entering)
-            self._grouping = Grouping(self._rows.slot[: self.decoding], settled, kv_heads)
-        return self._grouping
-
-    def longest_prompt(self) -> int:
-        """Return the tokens of the longest prompt in the cache."""
-        return max(len(self.prompts[i].token_ids) for i in self._resident)
+    def _lengths(self, prompts: Sequence[int]) -> IntArray:
+        return np.array([len(self.prompts[i].token_ids) for i in prompts])
 
     def uniforms(self) -> npt.NDArray[np.float64]:
         """Return a number in [0, 1) for each row's next token [n]."""
         rows = self._rows
-        return draw(rows.stream[: rows.n], rows.length[: rows.n])
+        return rows.uniforms[np.arange(rows.n), rows.length[: rows.n]]
 
     def history(self) -> list[IntArray]:
         """Return each row's tokens, its prompt's and its own."""
@@ -178,9 +179,9 @@ class Lane:
         stopped = (tokens[:, None] == self._stops).any(1)
         ended = stopped | (rows.length[:n] >= rows.limit[:n])
         if n > self.decoding:
-            self._grouping = None
+            self._occupancy = None
         if ended.any():
-            self._grouping = None
+            self._occupancy = None
             for i in np.flatnonzero(ended):
                 self._complete(int(i), bool(stopped[i]))
             self._compact(~ended, cache)
@@ -203,7 +204,8 @@ class Lane:
     def _compact(self, stays: npt.NDArray[np.bool_], cache: KvCache) -> None:
         source, target = _moves(stays)
         if len(source):
-            cache.move_rows(source, target)
+            oldest = int(self._rows.since[: self._rows.n].min())
+            cache.move_rows(source, target, cache.columns(oldest, self.tick))
             self._rows.move(source, target)
         self._rows.n = int(stays.sum())
         needed = np.array([self._left[prompt] > 0 for prompt in self._resident])

@@ -83,8 +83,7 @@ class Pipe:
     def _decode_job(self) -> _Job:
         lane = self.lane
         tokens, positions = lane.inputs()
-        grouping = lane.grouping(self.forward.kv_heads)
-        attend = Decode(self.cache, grouping, lane.decoding, lane.longest_prompt(), lane.tick, lane.oldest())
+        attend = Decode(self.cache, lane.occupancy(self.cache), lane.tick)
         return _Job(_tensor(tokens), self.forward.rotation_of_text(_tensor(positions)), attend)
 
     def _prefill_jobs(self) -> list[_Job]:
@@ -137,7 +136,9 @@ class Pipe:
         if sampling.repetition_penalty != 1.0:
             seen = _seen(self.lane.history(), policy.vocabulary.start, logits)
         choice: Choice = choose(logits, policy.vocabulary, sampling, random, seen)
-        self._chosen = torch.stack([part.double() for part in choice]).cpu()  # token ids are exact in float64
+        self._chosen = torch.stack(
+            (choice.tokens.double(), choice.logprobs, choice.drawn_logprobs)
+        ).cpu()  # token ids are exact in float64
         self._sends += schedule.send_to_others(self._chosen, self.forward.mesh)
 
 

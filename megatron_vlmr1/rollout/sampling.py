@@ -15,6 +15,7 @@ from megatron_vlmr1.rollout.filters import filtered
 from megatron_vlmr1.types import IntArray
 
 _SMALL = 2048  # tokens whose running sum is taken at once
+_BELOW_ONE = 1 - 1e-15  # a share of a sum that rounding does not bring up to the sum, after which banned tokens may lie
 _BLOCK = 256  # of more: tokens whose probabilities are added up before any of them is looked at alone
 
 
@@ -47,8 +48,8 @@ class Choice(NamedTuple):
     """One token a row."""
 
     tokens: torch.Tensor  # [n] int64, the same on all ranks of the tensor-parallel group
-    logprobs: torch.Tensor  # [n] fp32, at T=1 over the vocabulary less the banned tokens
-    drawn_logprobs: torch.Tensor  # [n] fp32, under the distribution that the token was drawn from
+    logprobs: torch.Tensor  # [n] float64, at T=1 over the vocabulary less the banned tokens
+    drawn_logprobs: torch.Tensor  # [n] float64, under the distribution that the token was drawn from
 
 
 def streams(seed: int, prompts: IntArray, completions: IntArray) -> npt.NDArray[np.uint64]:
@@ -92,14 +93,14 @@ def choose(
     if sampling.filters:
         return _choose_filtered(logits, vocabulary, sampling, random, seen)
     if random is None:
-        tokens, picked, log_z = _largest(logits, vocabulary)
-        return Choice(tokens, picked - log_z, picked - log_z)
+        tokens, logprobs = _largest(logits, vocabulary)
+        return Choice(tokens, logprobs, logprobs)
     if sampling.temperature == 1.0:
-        tokens, picked, log_z = _draw(logits, vocabulary, random)
-        return Choice(tokens, picked - log_z, picked - log_z)
-    tokens, scaled, scaled_log_z = _draw(logits / sampling.temperature, vocabulary, random)
+        tokens, logprobs = _draw(logits, vocabulary, random)
+        return Choice(tokens, logprobs, logprobs)
+    tokens, drawn = _draw(logits / sampling.temperature, vocabulary, random)
     log_z, (picked,) = vocabulary.log_normaliser(logits, vocabulary.pick(logits, tokens))
-    return Choice(tokens, picked - log_z, scaled - scaled_log_z)
+    return Choice(tokens, (picked - log_z).double(), drawn)
 
 
 def _choose_filtered(
@@ -124,9 +125,9 @@ def _choose_filtered(
         tokens = kept.argmax(-1)
     else:
         p = _Masses(torch.exp(kept - kept.amax(-1, keepdim=True)))
-        tokens = p.invert(random * p.total)
+        tokens = p.invert(random * p.reach)
     at = tokens[:, None]
-    logprobs, drawn = (x.gather(1, at)[:, 0] - torch.logsumexp(x, -1) for x in (whole, kept))
+    logprobs, drawn = ((x.gather(1, at)[:, 0] - torch.logsumexp(x, -1)).double() for x in (whole, kept))
     return Choice(tokens, logprobs, drawn)
 
 
@@ -144,30 +145,29 @@ def _side_by_side(rows: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
     return torch.cat(_gathered(rows, vocabulary).unbind(0), dim=-1) if vocabulary.parallel else rows
 
 
-def _largest(logits: torch.Tensor, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the likeliest tokens [n], their logits [n] and the log-normalisers [n]."""
+def _largest(logits: torch.Tensor, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the likeliest tokens [n] and their log-probs [n]."""
     best, local = logits.max(dim=-1)
     own = torch.exp(logits - best[:, None]).sum(-1)
     table = _gathered(torch.stack((best.double(), own.double(), (local + vocabulary.start).double())), vocabulary)
     owner = table[:, 0].argmax(0)[None]
     top = table[:, 0].gather(0, owner)[0]
     total = (table[:, 1] * torch.exp(table[:, 0] - top)).sum(0)
-    return table[:, 2].gather(0, owner)[0].long(), top.float(), (top + total.log()).float()
+    return table[:, 2].gather(0, owner)[0].long(), -total.log()
 
 
-def _draw(
-    logits: torch.Tensor, vocabulary: Vocabulary, random: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _draw(logits: torch.Tensor, vocabulary: Vocabulary, random: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Invert the cumulative distribution, laid out over the ranks in order of token ids.
 
     Returns:
-        Tokens [n], their logits [n] and the log-normalisers [n].
+        Tokens [n] and their log-probs [n].
     """
     own_top = logits.amax(-1, keepdim=True)
     if not vocabulary.parallel:
-        p = _Masses(torch.exp(logits - own_top))
-        tokens = p.invert(random * p.total)
-        return tokens, logits.gather(1, tokens[:, None])[:, 0], own_top[:, 0] + p.total.log().float()
+        masses = torch.exp(logits - own_top)
+        p = _Masses(masses)
+        tokens = p.invert(random * p.reach)
+        return tokens, (masses.gather(1, tokens[:, None])[:, 0] / p.total).log_()
     # A rank may hold nothing but banned tokens: its largest logit is -inf, and so its sum 0.
     p = _Masses(torch.exp(logits - own_top.clamp(min=-3e38)))
     table = _gathered(torch.stack((own_top[:, 0].double(), p.total)), vocabulary)  # [tp, 2, n]
@@ -180,12 +180,12 @@ def _draw(
     rank = dist.get_rank(vocabulary.group)
     # Not ends - masses: rounded, it could put the target before this rank's first token, which may be banned.
     within = (target - (ends[rank - 1] if rank else 0.0)) / masses[rank].clamp(min=1e-300)
-    local = p.invert(within.clamp(0.0, 1.0) * p.total)
+    local = p.invert(within.clamp(0.0, 1.0) * p.reach)
     mine = owner == rank
     picked = torch.where(mine, logits.gather(1, local[:, None])[:, 0].double(), 0.0)
     both = torch.stack((torch.where(mine, local + vocabulary.start, 0).double(), picked))
     dist.all_reduce(both, group=vocabulary.group)
-    return both[0].long(), both[1].float(), (top + ends[-1].log()).float()
+    return both[0].long(), both[1] - top - ends[-1].log()
 
 
 class _Masses:
@@ -202,9 +202,10 @@ class _Masses:
             sums = torch.cat((blocks, p[:, whole:].sum(-1, keepdim=True)), dim=1)
             self._running = sums.cumsum(-1, dtype=torch.float64)
         self.total = self._running[:, -1]  # [n] float64
+        self.reach = self.total * _BELOW_ONE
 
     def invert(self, target: torch.Tensor) -> torch.Tensor:
-        """Return the first index [n] at which the running sum of p exceeds target [n], all float64.
+        """Return the first index [n] at which the running sum of p exceeds target [n] from 0 to `reach`, all float64.
 
         Never an index where p is 0, unless the whole row is.
         """
@@ -215,10 +216,11 @@ class _Masses:
         columns = index[:, None] * _BLOCK + torch.arange(_BLOCK, device=index.device)
         values = self._p.gather(1, columns.clamp(max=self._p.shape[1] - 1))
         values = values.masked_fill(columns >= self._p.shape[1], 0.0)
-        return index * _BLOCK + _first_above(values.cumsum(-1, dtype=torch.float64), target - before)
+        running = values.cumsum(-1, dtype=torch.float64)
+        # The block's own sum was rounded: its running sums may end a little lower.
+        return index * _BLOCK + _first_above(running, torch.minimum(target - before, running[:, -1] * _BELOW_ONE))
 
 
 def _first_above(running: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return where running sums [n, k] first exceed target [n]; rounded, it may be a little beyond the last of them."""
-    target = torch.minimum(target.clamp(min=0.0), running[:, -1] * (1 - 1e-15))
-    return torch.searchsorted(running, target[:, None], right=True)[:, 0].clamp(max=running.shape[1] - 1)
+    """Return where running sums [n, k] first exceed target [n]."""
+    return torch.searchsorted(running, target[:, None], right=True)[:, 0].clamp_(max=running.shape[1] - 1)

@@ -76,12 +76,12 @@ def test_choices_are_those_of_one_process(pair_results, given, facts, found, nam
     assert not torch.isin(tokens, torch.tensor(facts["banned"])).any() and int(tokens.max()) < facts["size"]
     assert len(tokens.unique()) > 20
     table = torch.log_softmax(masked_logits(given, facts), dim=-1)
-    assert torch.allclose(table.gather(1, tokens[:, None])[:, 0], logprobs, rtol=0, atol=1e-5)
+    assert torch.allclose(table.gather(1, tokens[:, None])[:, 0].double(), logprobs, rtol=0, atol=1e-5)
     if name in ("greedy", "drawn"):
         assert torch.equal(drawn, logprobs)
     if name == "cold":
         colder = torch.log_softmax(table / 0.5, dim=-1)
-        assert torch.allclose(colder.gather(1, tokens[:, None])[:, 0], drawn, rtol=0, atol=1e-5)
+        assert torch.allclose(colder.gather(1, tokens[:, None])[:, 0].double(), drawn, rtol=0, atol=1e-5)
     if name == "greedy":
         assert tokens.tolist() == table.argmax(-1).tolist()
     if name == "drawn":  # from either end of [0, 1)

@@ -59,7 +59,7 @@ def vocabulary(root: Path, mesh: Mesh) -> None:
             random = None if sampling.greedy else given["random"]
             seen = given["seen"][:, mine]
             for field, value in choose(logits, part, sampling, random, seen)._asdict().items():
-                out[f"{name}_{field}"] = value
+                out[f"{name}_{field}"] = value.clone()
     save_file(out, root / f"vocabulary_{mesh.tp_rank}.safetensors")
 
 

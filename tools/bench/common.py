@@ -108,6 +108,15 @@ def parser(description: str | None, cases: Sequence[str]) -> argparse.ArgumentPa
     return out
 
 
+def bind_threads() -> None:
+    """Keep each thread of both sides on a core of its own; for a benchmark of one process, before torch is loaded.
+
+    Threads that the system moves about change the time of small kernels by a third from one run to the next.
+    """
+    assert "torch" not in sys.modules
+    os.environ.setdefault("OMP_PROC_BIND", "true")
+
+
 def chosen(args: argparse.Namespace, cases: Sequence[str]) -> list[str]:
     """Return the cases that were asked for, all of them unless `--case` names some."""
     return [name for name in cases if not args.case or name in args.case]

@@ -32,12 +32,13 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=HIDDEN, help="hidden size (default: %(default)s)")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    common.bind_threads()
     if args.side:
         print(peak_bytes(args.side, args))
         return
     setting = (
         f"vocabulary {VOCABULARY:,}, {POSITIONS:,} positions, hidden {args.hidden}, fp32, forward and backward, "
-        f"1 rank x {args.threads} threads"
+        f"1 rank x {args.threads} threads, bound to cores"
     )
     cases = []
     if "memory" in (names := common.chosen(args, CASES)):

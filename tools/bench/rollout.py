@@ -47,7 +47,9 @@ def main() -> None:
     args = parser.parse_args()
     if PROMPTS % args.ranks:
         parser.error(f"--ranks must divide {PROMPTS} prompts")
-    if args.ranks > 1 and identity() is None:
+    if args.ranks == 1:
+        common.bind_threads()
+    elif identity() is None:
         with tempfile.TemporaryDirectory() as logs:
             command = [sys.executable, *sys.argv]
             raise SystemExit(run_ranks(args.ranks, command, logs, {"OMP_NUM_THREADS": str(args.threads)}))
@@ -92,7 +94,8 @@ def run_case(name: str, directory: Path, mesh: Any, args: Any) -> common.Case:
         f"{PROMPTS} prompts of {len(prompts[0].token_ids)} tokens ({image_tokens} of the image) x {GENERATIONS}, "
         f"lengths {'all ' + str(flat[0]) if name == 'flat' else f'drawn with seed {tiny.SEED}'} "
         f"(mean {lengths.mean():.1f}, max {lengths.max()}), vocabulary {policy.shape.text.vocab_size:,}, fp32, "
-        f"each side {args.ranks} rank{'s' * (args.ranks > 1)} x {args.threads} threads; log-probs agree to {gap:.0e}"
+        f"each side {args.ranks} rank{'s' * (args.ranks > 1)} x {args.threads} threads"
+        f"{', bound to cores' * (args.ranks == 1)}; log-probs agree to {gap:.0e}"
     )
     return common.case(name, pairs, "tokens/s", setting, more_is_better=True)
 

@@ -40,6 +40,7 @@ def main() -> None:
     parser = common.parser(__doc__, CASES)
     parser.add_argument("--threads", type=int, default=common.cores(), help="of torch (default: all cores)")
     args = parser.parse_args()
+    common.bind_threads()
     from tools.bench import tiny
 
     with tiny.mesh(args.threads) as mesh, tempfile.TemporaryDirectory() as folder:
@@ -66,7 +67,7 @@ def run_case(name: str, directory: Path, mesh: Any, args: Any) -> common.Case:
     setting = (
         f"{PROMPTS} prompts of {len(prompts[0].token_ids)} tokens (256 of the image) x {GENERATIONS}, completions of "
         f"{lengths.mean():.1f} tokens on average, beta {beta:g}, fp32, optimizer step included, "
-        f"{TOWER[name]}, 1 rank x {args.threads} threads"
+        f"{TOWER[name]}, 1 rank x {args.threads} threads, bound to cores"
     )
     return common.case(name, pairs, "s", setting, more_is_better=False)
 
