@@ -126,6 +126,8 @@ def main() -> None:
         history = [{k: v for k, v in entry.items() if isinstance(v, float)} for entry in trainer.state.log_history]
         result = {"step_s": clock.step_s, "lengths": sorted(set(lengths)), "history": history}
         Path(settings["out"]).write_text(json.dumps(result))
+    trainer.accelerator.wait_for_everyone()
+    os._exit(0)  # gloo's threads can abort or hang an interpreter that is being taken down
 
 
 if __name__ == "__main__":
