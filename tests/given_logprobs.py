@@ -63,14 +63,23 @@ class Tables:
         return results, {"train/skipped": 0.0}
 
 
-def group(lengths: Sequence[int], advantages: Sequence[float], rollout: Sequence[Sequence[float]] = ()) -> Group:
-    """A group of completions of so many tokens; `rollout` are their log-probs when they were sampled, or zeros."""
+def group(
+    lengths: Sequence[int],
+    advantages: Sequence[float],
+    rollout: Sequence[Sequence[float]] = (),
+    drawn: Sequence[Sequence[float]] = (),
+) -> Group:
+    """A group of completions of so many tokens.
+
+    `rollout` are their log-probs when they were sampled, or zeros; `drawn` those that they were drawn from, if unlike.
+    """
     ids = np.zeros(2, np.int64)
     prompt = Prompt(0, "k", ids, np.zeros((3, 2), np.int64), (), "", "")
     rows = rollout or [[0.0] * n for n in lengths]
+    others = [np.array(row, np.float32) for row in drawn] or [None] * len(rows)
     completions = tuple(
-        Completion(np.ones(n, np.int64), np.array(row, np.float32), "stop", "")
-        for n, row in zip(lengths, rows, strict=True)
+        Completion(np.ones(n, np.int64), np.array(row, np.float32), "stop", "", other)
+        for n, row, other in zip(lengths, rows, others, strict=True)
     )
     return Group(prompt, completions, (), np.array(advantages, np.float32))
 

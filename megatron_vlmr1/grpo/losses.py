@@ -53,11 +53,11 @@ def clipped_importance(tokens: Tokens, epsilon_low: float, epsilon_high: float) 
     """Return -clip(rho, 1 - epsilon_low, 1 + epsilon_high) A log p, without a gradient through the clipped ratio.
 
     Source: CISPO, arXiv 2506.13585, eq. 4 and 5. A token is clipped when its weight is not its ratio; its gradient is
-    bounded but never zero for that, which is the point of the method.
+    bounded but never zero for that, which is the point of the method. Without an advantage nothing is clipped.
     """
     ratio = torch.exp(tokens.logprobs.detach() - tokens.old_logprobs)
     weight = ratio.clamp(1.0 - epsilon_low, 1.0 + epsilon_high)
-    return Surrogate(-weight * tokens.advantages * tokens.logprobs, ratio, weight != ratio)
+    return Surrogate(-weight * tokens.advantages * tokens.logprobs, ratio, (weight != ratio) & (tokens.advantages != 0))
 
 
 def _clipped(ratio: torch.Tensor, advantages: torch.Tensor, epsilon_low: float, epsilon_high: float) -> Surrogate:
@@ -82,7 +82,8 @@ def truncated_importance(
     """Return min(p_old / p_rollout, cap) per token, without gradient, and where the cap was taken.
 
     Source: F. Yao et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025. Both
-    policies have the same weights; the ratio differs from one only because two programs computed it.
+    policies have the same weights; the ratio differs from one because two programs computed it, and where p_rollout is
+    of a sampler that changes the distribution (temperature, top_p and the like).
     """
     ratio = torch.exp(old_logprobs.detach() - rollout_logprobs)
     return ratio.clamp(max=cap), ratio > cap

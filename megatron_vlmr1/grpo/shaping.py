@@ -25,7 +25,7 @@ def overlong_penalty(lengths: IntArray, max_new_tokens: int, buffer: int) -> Flo
 
 
 def with_overlong_penalty(group: Group, max_new_tokens: int, buffer: int) -> Group:
-    """Add the penalty to each score that there is, in place of one that it has, and name it among its parts.
+    """Add the penalty to each score that there is, and name it among its parts.
 
     Nothing changes where `buffer` is 0.
     """
@@ -36,11 +36,7 @@ def with_overlong_penalty(group: Group, max_new_tokens: int, buffer: int) -> Gro
     scores = tuple(
         score
         if score.value is None
-        else replace(
-            score,
-            value=score.value - score.parts.get(OVERLONG, 0.0) + penalty,
-            parts={**score.parts, OVERLONG: penalty},
-        )
+        else replace(score, value=score.value + penalty, parts={**score.parts, OVERLONG: penalty})
         for score, penalty in zip(group.scores, penalties, strict=True)
     )
     return replace(group, scores=scores)

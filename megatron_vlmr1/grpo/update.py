@@ -34,7 +34,8 @@ class _Tables:
 
     advantages: torch.Tensor  # [n]
     lengths: torch.Tensor  # [n]
-    rollout_logprobs: torch.Tensor  # [n, L]
+    rollout_logprobs: torch.Tensor  # [n, L], at T=1
+    drawn_logprobs: torch.Tensor  # [n, L], under the distribution that tokens were drawn from
     old_logprobs: torch.Tensor | None  # [n, L]
     reference_logprobs: torch.Tensor | None  # [n, L]
     counts: Counts
@@ -119,6 +120,14 @@ def _cells(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(batch.label_slots).to(where), torch.from_numpy(batch.label_index).to(where)
 
 
+def _table(rows: Sequence[FloatArray]) -> torch.Tensor:
+    """Return rows [n] of unlike lengths as one table [n, longest], zeros behind them."""
+    table = np.zeros((len(rows), max(map(len, rows), default=0)), dtype=np.float32)
+    for row, values in zip(table, rows, strict=True):
+        row[: len(values)] = values
+    return torch.from_numpy(table).to(device.device())
+
+
 _SUMS = ("loss", "kl", "clipped", "capped", "entropy", "tokens")
 _MAXIMA = ("ratio_max", "gap")
 
@@ -139,31 +148,42 @@ class GrpoUpdate:
     def __call__(self, groups: Sequence[Group], lr: float) -> Metrics:
         """Take `grpo.num_iterations` optimizer steps. A completion without an advantage takes no part.
 
-        Where no completion has one, on any rank, there is no gradient: the optimizer does not step, not even by its
-        momentum.
+        Where none has one that says anything, on any rank, there is no gradient: the optimizer does not step, not even
+        by its momentum. After a step whose gradients are not finite, the same batch is not tried again.
 
         Returns:
             `grpo/*`, `train/*` and `rollout/logprob_gap`, over all ranks. `train/skipped` counts optimizer steps that
             were not taken, the gap is that of the first iteration, all else is of the last. `grpo/kl` is the mean over
-            completions of each one's mean over tokens, whatever the algorithm's own average.
+            completions of each one's mean over tokens, whatever the algorithm's own average. What was not computed is
+            not there.
         """
         packed, tables = self._prepare(groups)
-        if not tables.counts.completions:
-            return self._report([], first=True) | {"train/grad_norm": 0.0, "train/lr": lr, "train/skipped": 1.0}
+        iterations = self.cfg.num_iterations
+        if not self._says_anything(tables):
+            return {"train/tokens": 0.0, "train/grad_norm": 0.0, "train/lr": lr, "train/skipped": float(iterations)}
         batches = self.updater.micro_batches(packed)
         tables = self._with_passes(tables, batches)
         metrics: Metrics = {}
-        skipped = 0.0
-        for iteration in range(self.cfg.num_iterations):
+        for iteration in range(iterations):
             results, train = self.updater.step(batches, self._loss(tables), lr)
-            skipped += train["train/skipped"]
             metrics |= train | self._report(results, first=iteration == 0)
-        return metrics | {"train/skipped": skipped}
+            if train["train/skipped"]:
+                metrics["train/skipped"] = float(iterations - iteration)
+                break
+        return metrics
+
+    def _says_anything(self, tables: _Tables) -> bool:
+        """Whether there is a gradient: an advantage that is not zero, or completions to hold near the reference."""
+        said = tables.advantages if self.reference is None else torch.ones_like(tables.advantages)
+        number = said.count_nonzero()
+        dist.all_reduce(number, group=self.updater.policy.mesh.dp_group)
+        return bool(number)
 
     def _prepare(self, groups: Sequence[Group]) -> tuple[list[PackedGroup], _Tables]:
         packed: list[PackedGroup] = []
         advantages: list[float] = []
         logprobs: list[FloatArray] = []
+        drawn: list[FloatArray] = []
         for group in groups:
             assert group.advantages is not None
             kept = [i for i, a in enumerate(group.advantages) if np.isfinite(a)]
@@ -172,15 +192,15 @@ class GrpoUpdate:
                 completions = tuple(group.completions[i].token_ids for i in kept)
                 packed.append(PackedGroup(group.prompt, completions, slots))
                 advantages += [float(group.advantages[i]) for i in kept]
-                logprobs += [group.completions[i].logprobs for i in kept]
+                made = [group.completions[i] for i in kept]
+                logprobs += [c.logprobs for c in made]
+                drawn += [c.logprobs if c.drawn_logprobs is None else c.drawn_logprobs for c in made]
         where = device.device()
-        table = np.zeros((len(logprobs), max(map(len, logprobs), default=0)), dtype=np.float32)
-        for row, values in zip(table, logprobs, strict=True):
-            row[: len(values)] = values
         return packed, _Tables(
             advantages=torch.tensor(advantages, dtype=torch.float32, device=where),
             lengths=torch.tensor([len(v) for v in logprobs], dtype=torch.float32, device=where),
-            rollout_logprobs=torch.from_numpy(table).to(where),
+            rollout_logprobs=_table(logprobs),
+            drawn_logprobs=_table(drawn),
             old_logprobs=None,
             reference_logprobs=None,
             counts=self._counts(len(logprobs), sum(map(len, logprobs))),
@@ -196,11 +216,12 @@ class GrpoUpdate:
         n, length = tables.rollout_logprobs.shape
         reference = old = None
         with self.timers("logprobs"):
+            # First the old ones: the reference may have another tower, and the embeddings kept from rollout go.
+            if self.cfg.num_iterations > 1:
+                old = self.updater.logprobs(batches, (n, length))
             if self.reference is not None:
                 with self.reference.swapped_in():
                     reference = self.updater.logprobs(batches, (n, length))
-            if self.cfg.num_iterations > 1:
-                old = self.updater.logprobs(batches, (n, length))
         return replace(tables, old_logprobs=old, reference_logprobs=reference)
 
     def _loss(self, tables: _Tables) -> Loss:
@@ -212,14 +233,15 @@ class GrpoUpdate:
             logprobs, entropy = policy.logprobs(hidden, *label_tensors(batch))
             cells = _cells(batch)
             completions = cells[0]
-            # One step per rollout: the policy that generated is the current one, and the ratio exactly one.
+            # One step per rollout: the policy that generated is the current one, and the ratio exactly one. Both are
+            # at T=1 over all tokens, as published; what sampling made of them is for truncated importance to weigh.
             old = logprobs.detach() if tables.old_logprobs is None else tables.old_logprobs[cells]
             tokens = Tokens(logprobs, old, tables.advantages[completions], completions, tables.lengths)
             per_token, ratio, clipped = self.algorithm.loss(tokens, cfg.epsilon_low, cfg.epsilon_high)
             rollout = tables.rollout_logprobs[cells]
             capped = torch.zeros_like(clipped)
             if cfg.truncated_importance is not None:
-                importance, capped = truncated_importance(old, rollout, cfg.truncated_importance)
+                importance, capped = truncated_importance(old, tables.drawn_logprobs[cells], cfg.truncated_importance)
                 per_token = importance * per_token
             kl = torch.zeros_like(logprobs)
             if tables.reference_logprobs is not None:
@@ -242,19 +264,20 @@ class GrpoUpdate:
 
     def _report(self, results: list[schedule.Result], first: bool) -> Metrics:
         sums = {k: sum(float(r[k]) for r in results) for k in _SUMS}
-        tops = {k: max((float(r[k]) for r in results), default=0.0) for k in _MAXIMA}
+        tops = {k: float(np.max([float(r[k]) for r in results], initial=0.0)) for k in _MAXIMA}  # NaN stays NaN
         mesh = self.updater.policy.mesh
         speaks = mesh.is_last_stage and mesh.tp_rank == 0
         m = reduce.sums(sums, speaks) | reduce.maxima(tops, speaks)
         tokens = max(1.0, m["tokens"])
         out = {
             "train/loss": m["loss"],
-            "grpo/kl": m["kl"],
             "grpo/clip_frac": m["clipped"] / tokens,
             "grpo/entropy": m["entropy"] / tokens,
             "grpo/ratio_max": m["ratio_max"],
             "train/tokens": m["tokens"],
         }
+        if self.reference is not None:
+            out["grpo/kl"] = m["kl"]
         if self.cfg.truncated_importance is not None:
             out["grpo/tis_capped_frac"] = m["capped"] / tokens
         return out | ({"rollout/logprob_gap": m["gap"]} if first else {})

@@ -142,12 +142,13 @@ class Run:
             continue
 
     def _rates(self, metrics: dict[str, float]) -> dict[str, float]:
-        """FLOPs and trained tokens per second and rank over the whole step; generated tokens per second of rollout."""
-        seconds, world = metrics["perf/step_s"], self.mesh.world
+        """FLOPs and trained tokens per second and rank, over the step; generated tokens per second of rollout."""
+        aside = metrics.get("time/evaluate", 0.0) + metrics.get("time/save_exposed", 0.0)
+        seconds, world = metrics["perf/step_s"] - aside, self.mesh.world
         peak = peak_flops(device.name(), self.cfg.precision)
         rates = utilisation(metrics["perf/lm_flops"], metrics["perf/vit_flops"], seconds, world, peak)
         rates["perf/tokens_per_s_per_gpu"] = metrics.get("train/tokens", 0.0) / seconds / world
-        if "rollout/tokens" in metrics:
+        if "rollout/tokens" in metrics and not self.replays:
             rates["rollout/tokens_per_s"] = metrics["rollout/tokens"] / max(1e-9, metrics["time/rollout"])
         return rates
 
@@ -157,6 +158,7 @@ class Run:
         for name, shards in self.splits.items():
             figures = split.evaluate(self.actor, self.judges, shards, self.cfg, self.mesh).figures
             out |= {f"evaluate/{name}/{figure}": value for figure, value in figures.items()}
+        self.actor.engine.release()
         return out
 
     def write_facts(self) -> None:

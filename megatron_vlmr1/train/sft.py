@@ -38,7 +38,7 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
             with run.timers("update"):
                 batches = run.updater.micro_batches(even_out(groups, run))
                 lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
-                results, metrics = run.updater.step(batches, token_mean_loss(run, batches), lr)
+                results, metrics = _update(batches, lr, run)
             run.actor.policy.forget_features()
             speaks = mesh.is_last_stage and mesh.tp_rank == 0
             sums = reduce.sums({k: sum(float(r[k]) for r in results) for k in ("loss", "tokens")}, speaks)
@@ -65,11 +65,17 @@ def packed(run: Run, batch: Sequence[tuple[Prompt, Sample]]) -> list[PackedGroup
     return groups
 
 
-def token_mean_loss(run: Run, batches: Sequence[MicroBatch]) -> Loss:
-    """Return the loss -log p averaged over all completion tokens of the step, on all data-parallel ranks."""
+def _update(batches: Sequence[MicroBatch], lr: float, run: Run) -> tuple[list[Result], dict[str, float]]:
+    """Take a step; none where all samples were damaged: Adam's momentum would move the weights without evidence."""
     total = torch.tensor(float(sum(len(batch.label_ids) for batch in batches)), device=device.device())
     dist.all_reduce(total, group=run.mesh.dp_group)
-    tokens = max(1.0, float(total))
+    if not total:
+        return [], {"train/grad_norm": 0.0, "train/lr": lr, "train/skipped": 1.0}
+    return run.updater.step(batches, token_mean_loss(run, float(total)), lr)
+
+
+def token_mean_loss(run: Run, tokens: float) -> Loss:
+    """Return the loss -log p averaged over `tokens`: all completion tokens of the step, on all data-parallel ranks."""
 
     def loss(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, Result]:
         logprobs, _ = run.actor.policy.logprobs(hidden, *label_tensors(batch))

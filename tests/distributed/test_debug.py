@@ -55,6 +55,16 @@ def test_a_replay_on_the_same_ranks_is_the_same_run_bit_for_bit(tmp_path: Path, 
     assert sorted(p.parent.name for p in (saved / "rollouts").rglob("*.msgpack")) == ["step_0"] * 2 + ["step_1"] * 2
 
 
+def test_a_replay_weighs_rewards_as_it_is_told(tmp_path: Path, shards: Path, saved: Path) -> None:
+    """Saved values, made by other weights and with a penalty or without, count for nothing."""
+    weights = ["rewards.weights.iou=2", "rewards.weights.format=0.5", "grpo.overlong_buffer_tokens=4"]
+    run = replayed(tmp_path, shards, saved, 2, "train.steps=1", *weights)
+    (_, row), (_, other) = read_metrics(run)[0], read_metrics(saved)[0]
+    assert "rollout/tokens_per_s" not in row and "reward/overlong" not in other
+    value = 2 * row["reward/iou"] + 0.5 * row["reward/format"] + row["reward/overlong"]
+    assert row["reward/mean"] == pytest.approx(value, abs=1e-6) != other["reward/mean"]
+
+
 @pytest.mark.parametrize(
     ("nproc", "overrides"),
     [(1, ["train.steps=1"]), (2, ["train.steps=1", "parallel.tensor_model_parallel_size=2"]), (2, ["train.steps=1"])],

@@ -23,5 +23,4 @@ def test_a_rank_without_groups(pair_results, layout, record_property):
         assert some["train/tokens"] == alone["train/tokens"]
         assert some["grpo/kl"] == pytest.approx(alone["grpo/kl"], rel=1e-5)
         assert some["rollout/logprob_gap"] <= 1e-4
-        assert (nothing["train/tokens"], nothing["train/loss"], nothing["grpo/kl"]) == (0, 0, 0)
-        assert nothing["train/skipped"] == 1
+        assert (nothing["train/tokens"], nothing["train/skipped"]) == (0, 1) and "train/loss" not in nothing

@@ -52,14 +52,14 @@ BY_HAND = [
 ]
 
 
-def update(settings: dict, rollout=()) -> tuple[dict[str, float], torch.Tensor]:
+def update(settings: dict, rollout=(), drawn=()) -> tuple[dict[str, float], torch.Tensor]:
     """One group through the update; metrics and the gradient of the three tokens in the last iteration."""
     advantages = ALGORITHMS[settings["algorithm"]].advantages(np.array([1, 0], np.float32))
     new, old, ref = map(torch.tensor, (NEW, OLD, REF))
     tables = Tables(settings, new, old, ref, MAX_NEW)
     with ranks.alone():
         reference = tables if tables.cfg.grpo.beta else None
-        metrics = GrpoUpdate(tables, reference)([group([2, 1], advantages.tolist(), rollout)], 0.0)  # type: ignore[arg-type]
+        metrics = GrpoUpdate(tables, reference)([group([2, 1], advantages.tolist(), rollout, drawn)], 0.0)  # type: ignore[arg-type]
     gradient = tables.gradients[-1]
     assert gradient[1, 1] == 0
     return metrics, gradient.flatten()[:3]
@@ -78,7 +78,8 @@ def test_by_hand(algorithm, clip, loss, slopes, kl_weights, clipped, beta):
     assert metrics["grpo/clip_frac"] == pytest.approx(clipped / 3)
     assert metrics["grpo/ratio_max"] == pytest.approx(S if algorithm == "gspo" else 1.5)
     # whatever the average of the loss, the KL that is reported is the mean over each completion, then over both
-    assert metrics["grpo/kl"] == pytest.approx(((K3[0] + K3[1]) / 2 + K3[2]) / 2 if beta else 0.0, rel=1e-5)
+    expected_kl = pytest.approx(((K3[0] + K3[1]) / 2 + K3[2]) / 2, rel=1e-5) if beta else None
+    assert metrics.get("grpo/kl") == expected_kl
     assert "grpo/tis_capped_frac" not in metrics
 
 
@@ -107,6 +108,16 @@ def test_truncated_importance():
     # the policy is the old one: its present log-probs over the rollout's are 1.875, 3.6 and 0.25
     assert gradient.tolist() == pytest.approx([-1.875 * A / 3, -2 * A / 3, 0.25 * A / 3], rel=1e-5)
     assert one_step["grpo/ratio_max"] == 1.0 and one_step["grpo/tis_capped_frac"] == pytest.approx(1 / 3)
+
+
+def test_truncated_importance_is_over_what_tokens_were_drawn_from():
+    """A sampler that changes the distribution: the gap is that of the model's own log-probs, the weight is not."""
+    drawn, own = [[log(0.16), log(0.125)], [log(0.8)]], [[log(0.2), log(0.5)], [log(0.4)]]
+    settings = {"algorithm": "dapo", "beta": 0.0, "truncated_importance": 2.0}
+    _, expected = update(settings, drawn)
+    metrics, gradient = update(settings, own, drawn)
+    assert torch.equal(gradient, expected)
+    assert metrics["rollout/logprob_gap"] == pytest.approx(log(0.4 / 0.2), rel=1e-5)
 
 
 def test_clip_ranges():

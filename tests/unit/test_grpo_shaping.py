@@ -38,11 +38,3 @@ def test_a_group():
 def test_off():
     before = group([10], [1.0])
     assert with_overlong_penalty(before, 10, 0) is before
-
-
-def test_a_penalty_takes_the_place_of_an_earlier_one():
-    before = group([4, 9], [1.0, 0.5])
-    once = with_overlong_penalty(before, 10, 4)
-    assert [s.value for s in once.scores] == pytest.approx([1.0, -0.25])
-    assert with_overlong_penalty(once, 10, 4) == once
-    assert [s.value for s in with_overlong_penalty(once, 10, 8).scores] == pytest.approx([0.75, -0.375])
