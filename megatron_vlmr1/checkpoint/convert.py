@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import shutil
 from pathlib import Path
 
 import torch
@@ -16,29 +15,6 @@ from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.models.vlm import build_chunks
 from megatron_vlmr1.parallel.job import joined
 from megatron_vlmr1.runtime import device, distributed
-
-
-def export(checkpoint: Path, out: Path) -> Path:
-    """Copy a checkpoint's Hugging Face directory, verified before and complete before it gets its name.
-
-    Raises:
-        ValueError: `out` exists, or the checkpoint is damaged or not there.
-        OSError: the disk failed; nothing was published.
-    """
-    if out.exists():
-        raise ValueError(f"{out}: exists already; name a new directory")
-    source = hf_directory(checkpoint)
-    weights.HfWeights(source).check(read_shape(source))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f"{out.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        shutil.copytree(source, temporary)
-        store.flush_tree(temporary)
-        temporary.rename(out)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return out
 
 
 def roundtrip(source: Path, out: Path, layout: ParallelConfig, precision: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_vlmr1.checkpoint.tensorfile import DTYPES, Entry
 from megatron_vlmr1.models.families import qwen2_5_vl
 from megatron_vlmr1.models.families.qwen2_5_vl import Piece
 from megatron_vlmr1.models.shape import VlmShape
@@ -75,6 +76,31 @@ class HfWeights:
         """Read one whole tensor."""
         path, stored = self._where[name]
         return self._files[str(path)].get_tensor(stored)
+
+    def pieces(self, name: str, nbytes: int) -> Iterator[torch.Tensor]:
+        """Read one tensor in pieces of at most so many bytes (or one row), cut along its first dimension.
+
+        The file is opened anew for each of them: what is read through a mapping counts as this process's memory until
+        the mapping is gone.
+        """
+        entry = self.entry(name)
+        path, stored = self._where[name]
+        rows = entry.shape[0] if entry.shape else 1
+        step = max(1, nbytes * rows // max(1, entry.nbytes))
+        for start in range(0, rows, step):
+            with safe_open(path, framework="pt") as file:
+                yield file.get_slice(stored)[start : start + step] if entry.shape else file.get_tensor(stored)
+
+    def entry(self, name: str, dtype: torch.dtype | None = None) -> Entry:
+        """Return a tensor's name, shape and type; `dtype` in place of its own."""
+        found = self._slice(name)
+        if (kind := found.get_dtype()) not in DTYPES:
+            raise ValueError(f"{self._where[name][0]}: {name} is of type {kind}; known: {', '.join(sorted(DTYPES))}")
+        return Entry(name, tuple(found.get_shape()), dtype or DTYPES[kind])
+
+    def files(self) -> list[Path]:
+        """Return the paths of the shards."""
+        return [Path(path) for path in self._files]
 
     def _slice(self, name: str) -> Any:
         path, stored = self._where[name]

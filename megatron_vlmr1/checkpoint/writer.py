@@ -44,7 +44,7 @@ def save(chunks: Sequence[VlmModel], source: Path, target: Path) -> None:
     if first.mesh.rank == 0:
         try:
             copy_side_files(source, target)
-            _state_dtype(target, first.dtype)
+            name_dtype(target, first.dtype)
             _name_shards(target)
             HfWeights(target).check(first.shape)
         except (OSError, ValueError, SafetensorError) as error:
@@ -53,13 +53,15 @@ def save(chunks: Sequence[VlmModel], source: Path, target: Path) -> None:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy everything at the top of a Hugging Face directory but its weights."""
+    """Copy everything in a Hugging Face directory but its weights and hidden folders."""
     for entry in sorted(source.iterdir()):
-        if entry.is_file() and not any(entry.match(pattern) for pattern in _WEIGHTS):
+        if entry.is_dir() and not entry.name.startswith("."):
+            shutil.copytree(entry, target / entry.name, dirs_exist_ok=True)
+        elif entry.is_file() and not any(entry.match(pattern) for pattern in _WEIGHTS):
             shutil.copyfile(entry, target / entry.name)
 
 
-def _state_dtype(target: Path, dtype: torch.dtype) -> None:
+def name_dtype(target: Path, dtype: torch.dtype) -> None:
     """Let config.json say the type that the weights have now."""
     path = target / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -138,14 +140,19 @@ def _name_shards(target: Path) -> None:
     if len(files) == 1:
         files[0].rename(target / "model.safetensors")
         return
+    for i, file in enumerate(files, start=1):
+        file.rename(target / f"model-{i:05d}-of-{len(files):05d}.safetensors")
+    write_index(target)
+
+
+def write_index(target: Path) -> None:
+    """Write the index of a directory's shards, from what is in them."""
     where: dict[str, str] = {}
     total = 0
-    for i, file in enumerate(files, start=1):
-        name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
+    for file in sorted(target.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            where |= dict.fromkeys(tensors.keys(), name)
+            where |= dict.fromkeys(tensors.keys(), file.name)
         total += _data_bytes(file)
-        file.rename(target / name)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     (target / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

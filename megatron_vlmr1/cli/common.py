@@ -8,17 +8,22 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from megatron_vlmr1.telemetry.console import duration
 from megatron_vlmr1.telemetry.files import json_line
 
 if TYPE_CHECKING:
     from megatron_vlmr1.config import Config
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=.*", re.ASCII | re.DOTALL)
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SAY_EVERY_S = 10.0
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -148,3 +153,48 @@ def find_config(name: str) -> Path:
         return inside
     names = ", ".join(sorted(f"configs/{path.relative_to(shipped)}" for path in shipped.rglob("*.yaml")))
     raise ValueError(f"{name}: no such config file; the package has {names or 'none'}")
+
+
+def byte_size(text: str) -> int:
+    """Read a size such as 64MB or 1GiB, for argparse."""
+    match = re.fullmatch(r"(\d{1,15})\s*([KMG]?i?B?)", text.strip(), re.IGNORECASE)
+    unit = match[2].upper() if match else ""
+    scale = _UNITS.get(unit, _UNITS.get(f"{unit}B"))
+    if not match or scale is None or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64MB or 1GiB")
+    return int(match[1]) * scale
+
+
+@contextmanager
+def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show bytes done, bytes a second and the time left: a bar on a terminal, else a line every ten seconds.
+
+    What is yielded is told the bytes done and the bytes in all.
+    """
+    if sys.stderr.isatty():
+        from rich import progress
+        from rich.console import Console
+
+        columns = (progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
+        with progress.Progress(
+            *progress.Progress.get_default_columns()[:2], *columns, console=Console(stderr=True)
+        ) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    started: list[tuple[float, int]] = []  # when and with how many bytes the first piece was told of
+    said = time.monotonic()
+
+    def say(done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if not started:
+            started.append((now, done))
+        if now - said < _SAY_EVERY_S and done < total:
+            return
+        said = now
+        speed = (done - started[0][1]) / max(1e-9, now - started[0][0])
+        left = duration((total - done) / speed) if speed else "?"
+        print(f"{what} {done / 1e9:.2f} of {total / 1e9:.2f} GB  {speed / 1e6:.0f} MB/s  {left} left", file=sys.stderr)
+
+    yield say

@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_vlmr1.cli.common import byte_progress, byte_size
 from megatron_vlmr1.errors import DIFFERS, DONE
 
 _EPILOG = """\
 example:
-  vlmr1 convert export runs/quickstart runs/quickstart/export
+  vlmr1 convert export runs/quickstart runs/quickstart/export --dtype bf16 --max-shard-size 5GB
   vlmr1 convert roundtrip megatron_vlmr1/assets/tiny_vlm /tmp/copy --tp 2 --pp 2
   vlmr1 convert verify megatron_vlmr1/assets/tiny_vlm /tmp/copy
 """
@@ -23,6 +24,10 @@ def add_parser(subparsers: Any) -> None:
     export = parts.add_parser("export", help="make a Hugging Face directory of a checkpoint", epilog=_EPILOG)
     export.add_argument("checkpoint", help="checkpoint step_N, or a run directory (its newest)")
     export.add_argument("out", help="new directory")
+    export.add_argument("--dtype", choices=("fp32", "bf16"), help="type of the weights (default: as they are)")
+    export.add_argument(
+        "--max-shard-size", type=byte_size, default=5 * 10**9, metavar="SIZE", help="of one file (default: 5GB)"
+    )
     export.set_defaults(run=_export)
     trip = parts.add_parser("roundtrip", help="load on T x P ranks and save again", epilog=_EPILOG)
     trip.add_argument("source", help="Hugging Face directory")
@@ -38,9 +43,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from megatron_vlmr1.checkpoint.convert import export
+    from megatron_vlmr1.checkpoint.release import export
+    from megatron_vlmr1.runtime.device import DTYPES
 
-    out = export(Path(args.checkpoint), Path(args.out))
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    with byte_progress("export") as progress:
+        out = export(Path(args.checkpoint), Path(args.out), dtype, args.max_shard_size, progress=progress)
     print(out)
     return DONE
 

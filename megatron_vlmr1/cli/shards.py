@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlmr1 import errors
-from megatron_vlmr1.cli.common import print_json
+from megatron_vlmr1.cli.common import byte_size, print_json
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _BUILD_EXAMPLE = """\
 examples:
   vlmr1 shards build shards/rec --jsonl rec.jsonl --images coco/train2014
@@ -164,7 +162,7 @@ def _add_build(commands: Any) -> None:
         action="append",
         help="folder that image paths start from: one for each --jsonl, or one for all (default: where the jsonl is)",
     )
-    build.add_argument("--shard-size", metavar="SIZE", type=_bytes, default="64MB", help="default: 64MB")
+    build.add_argument("--shard-size", metavar="SIZE", type=byte_size, default="64MB", help="default: 64MB")
     build.add_argument(
         "--max-rejected",
         metavar="FRACTION",
@@ -204,15 +202,6 @@ def _size(count: int) -> str:
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
     return f"{count} B"
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d{1,15})\s*([KMG]?i?B?)", text.strip(), re.IGNORECASE)
-    unit = match[2].upper() if match else ""
-    scale = _UNITS.get(unit, _UNITS.get(f"{unit}B"))
-    if not match or scale is None or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64MB or 1GiB")
-    return int(match[1]) * scale
 
 
 def _fraction(text: str) -> float:

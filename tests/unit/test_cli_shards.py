@@ -104,10 +104,10 @@ def test_bad_options(options: list[str], rows: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("text", ["64MB", "64 mb", "64000000", "64M", "64000KB"])
 def test_sizes(text: str) -> None:
-    from megatron_vlmr1.cli.shards import _bytes
+    from megatron_vlmr1.cli.common import byte_size
 
-    assert _bytes(text) == 64_000_000
-    assert _bytes("1GiB") == 2**30
+    assert byte_size(text) == 64_000_000
+    assert byte_size("1GiB") == 2**30
 
 
 @pytest.mark.parametrize("command", [[], ["build"], ["verify"], ["inspect"]])

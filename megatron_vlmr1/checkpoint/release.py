@@ -1,0 +1,134 @@
+"""A checkpoint as a directory to publish: weights recast and cut into shards of a size, streamed and resumable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_vlmr1.checkpoint import store, tensorfile
+from megatron_vlmr1.checkpoint.locate import hf_directory
+from megatron_vlmr1.checkpoint.tensorfile import Entry
+from megatron_vlmr1.checkpoint.weights import HfWeights
+from megatron_vlmr1.checkpoint.writer import copy_side_files, name_dtype, write_index
+from megatron_vlmr1.models.families import qwen2_5_vl, read_shape
+
+MAX_SHARD_BYTES = 5 * 10**9
+_PIECE_BYTES = 1 << 26
+_PLAN = ".export.json"
+_SPARE_BYTES = 1 << 26  # of disk space, for everything but weights
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    card: bytes | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Path:
+    """Make a Hugging Face directory of a checkpoint; an export that was interrupted goes on where it stopped.
+
+    It is made in ``OUT.partial`` and gets its name when every byte has been read back. The index comes last.
+
+    Args:
+        checkpoint: a checkpoint, a run directory (its newest), or a Hugging Face directory.
+        out: new directory.
+        dtype: of the weights; None keeps each tensor's own.
+        max_shard_bytes: largest shard; a larger tensor has one of its own.
+        card: README.md; None keeps the checkpoint's.
+        progress: told of every piece.
+
+    Raises:
+        ValueError: `out` exists, the checkpoint is damaged or not there, or the disk is too small.
+        OSError: the disk failed; nothing was published.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: exists already; name a new directory")
+    source = hf_directory(checkpoint)
+    weights = HfWeights(source)
+    weights.check(shape := read_shape(source))
+    order = [*qwen2_5_vl.tensor_shapes(shape)]
+    order += sorted(weights.names() - set(order))  # a tied model's second copy, where it has one
+    shards = _cut([weights.entry(name, dtype) for name in order], max_shard_bytes)
+    partial = out.with_name(out.name + ".partial")
+    _begin(partial, _plan(weights, shards))
+    names = [_shard_name(i, len(shards)) for i in range(len(shards))]
+    todo = [(partial / name, shard) for name, shard in zip(names, shards, strict=True) if not (partial / name).exists()]
+    total, left = (sum(entry.nbytes for shard in some for entry in shard) for some in (shards, [s for _, s in todo]))
+    _need_space(partial, left)
+    done = total - left
+    progress(done, total)
+    for path, shard in todo:
+        tensorfile.write(path, shard, lambda e: _pieces(weights, e), lambda of_shard: progress(done + of_shard, total))  # noqa: B023
+        done += sum(entry.nbytes for entry in shard)
+    _finish(source, partial, {entry.dtype for shard in shards for entry in shard}, card)
+    if len(shards) > 1:
+        write_index(partial)
+    HfWeights(partial).check(shape)
+    (partial / _PLAN).unlink()
+    store.flush_tree(partial)
+    partial.rename(out)
+    return out
+
+
+def _cut(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+    """Fill shards in order, each with at most `limit` bytes or one larger tensor."""
+    shards: list[list[Entry]] = []
+    room = 0
+    for entry in entries:
+        if not shards or entry.nbytes > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(entry)
+        room -= entry.nbytes
+    return shards
+
+
+def _shard_name(index: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _plan(weights: HfWeights, shards: Sequence[Sequence[Entry]]) -> str:
+    """What must be the same for an interrupted export to go on."""
+    files = [(path.name, info.st_size, info.st_mtime_ns) for path in weights.files() for info in [path.stat()]]
+    cut = [[(entry.name, str(entry.dtype)) for entry in shard] for shard in shards]
+    return json.dumps({"source": str(weights.directory.resolve()), "files": files, "shards": cut})
+
+
+def _begin(partial: Path, plan: str) -> None:
+    """Make the directory, or go on in one that was made for the same export; another's is thrown away."""
+    path = partial / _PLAN
+    if partial.exists() and not path.is_file():
+        raise ValueError(f"{partial}: exists and is not an interrupted export; remove it or name another directory")
+    if path.is_file() and path.read_text(encoding="utf-8") != plan:
+        shutil.rmtree(partial)
+    if not partial.exists():
+        partial.mkdir(parents=True)
+        path.write_text(plan, encoding="utf-8")
+
+
+def _need_space(directory: Path, size: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if size + _SPARE_BYTES > free:
+        raise ValueError(
+            f"{directory}: {size / 1e9:.1f} GB are to be written, but the disk has {free / 1e9:.1f} GB left"
+        )
+
+
+def _pieces(weights: HfWeights, entry: Entry) -> Iterator[torch.Tensor]:
+    for piece in weights.pieces(entry.name, _PIECE_BYTES):
+        yield piece.to(entry.dtype)
+
+
+def _finish(source: Path, partial: Path, dtypes: set[torch.dtype], card: bytes | None) -> None:
+    copy_side_files(source, partial)
+    if len(dtypes) == 1:
+        name_dtype(partial, next(iter(dtypes)))
+    if card is not None:
+        (partial / "README.md").write_bytes(card)
