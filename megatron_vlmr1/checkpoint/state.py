@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_vlmr1.checkpoint import sharded
 from megatron_vlmr1.checkpoint.pickles import guarded
 from megatron_vlmr1.models.policy import Policy
+from megatron_vlmr1.models.shape import padded
 from megatron_vlmr1.runtime import device, distributed
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def save(policy: Policy, optimizer: MegatronOptimizer, progress: dict[str, Any],
 
 
 def load(policy: Policy, optimizer: MegatronOptimizer, directory: Path) -> dict[str, Any]:
-    """Restore what `save` wrote, on any layout. The weights must be loaded before.
+    """Restore what `save` wrote, on any layout that pads the model alike. The weights must be loaded before.
 
     Generators are restored where this rank had some; a rank that is new keeps its seed.
 
@@ -52,11 +53,13 @@ def load(policy: Policy, optimizer: MegatronOptimizer, directory: Path) -> dict[
         The progress that was saved.
 
     Raises:
-        ValueError: the state is not what `save` writes.
+        ValueError: the state is not what `save` writes, or of a model that was padded to another size.
     """
     source = directory / "optimizer"
     _initialise(optimizer)
     with guarded(source):
+        progress = _read_progress(directory / "progress.json")
+        _check_width(progress, policy, directory)
         try:
             state = dist_checkpointing.load(_sharded(policy, optimizer, is_loading=True), str(source))
         except UnpicklingError as error:
@@ -68,7 +71,10 @@ def load(policy: Policy, optimizer: MegatronOptimizer, directory: Path) -> dict[
         torch.set_rng_state(saved["cpu"])
         if device.has_cuda() and "cuda" in saved:
             torch.cuda.set_rng_state(saved["cuda"])
-    path = directory / "progress.json"
+    return progress
+
+
+def _read_progress(path: Path) -> dict[str, Any]:
     try:
         progress = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -76,6 +82,20 @@ def load(policy: Policy, optimizer: MegatronOptimizer, directory: Path) -> dict[
     if not isinstance(progress, dict):
         raise ValueError(f"{path}: not an object")
     return progress
+
+
+def _check_width(progress: dict[str, Any], policy: Policy, directory: Path) -> None:
+    """Refuse to resume where another tensor-parallel size padded the feed-forward layers to another width."""
+    try:
+        before = int(progress["config"]["parallel"]["tensor_model_parallel_size"])
+    except (KeyError, TypeError, ValueError):
+        return  # not a run's
+    width, now = policy.shape.text.ffn_hidden_size, policy.mesh.tp_size
+    if padded(width, before) != padded(width, now):
+        raise ValueError(
+            f"{directory}: saved at parallel.tensor_model_parallel_size={before}, which pads the feed-forward width "
+            f"{width} to {padded(width, before)}; {now} pads it to {padded(width, now)}: resume at {before}"
+        )
 
 
 def _write_own(progress: dict[str, Any], directory: Path, optimizer_directory: Path, rank: int) -> str:

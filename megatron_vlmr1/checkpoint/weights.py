@@ -67,7 +67,9 @@ class HfWeights:
     def read(self, piece: Piece, like: torch.Tensor) -> torch.Tensor:
         """Read one piece; a nameless one is zeros shaped after `like`'s other dimensions."""
         if piece.name is None:
-            return torch.zeros(piece.stop - piece.start, *like.shape[1:], dtype=like.dtype)
+            size = list(like.shape)
+            size[piece.dim] = piece.stop - piece.start
+            return torch.zeros(size, dtype=like.dtype)
         source = self._slice(piece.name)
         window = slice(piece.start, piece.stop)
         return source[:, window] if piece.dim == 1 else source[window]

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vlmr1.config import RecomputeConfig
 from megatron_vlmr1.models.attention import CoreAttention
-from megatron_vlmr1.models.shape import TextShape
+from megatron_vlmr1.models.shape import TextShape, padded
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.runtime import device
 
@@ -52,7 +52,7 @@ def transformer_config(
         num_attention_heads=text.num_heads,
         num_query_groups=text.num_kv_heads,
         kv_channels=text.head_dim,
-        ffn_hidden_size=text.ffn_hidden_size,
+        ffn_hidden_size=padded(text.ffn_hidden_size, mesh.tp_size),
         normalization="RMSNorm",
         layernorm_epsilon=text.norm_eps,
         gated_linear_unit=True,

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from megatron_vlmr1.config import ParallelConfig
 
 
+def padded(size: int, parts: int) -> int:
+    """Return `size` rounded up to a multiple of `parts`."""
+    return -(-size // parts) * parts
+
+
 @dataclass(frozen=True)
 class TextShape:
     """Decoder-only language model: RMSNorm, SwiGLU, grouped-query attention with QKV bias, M-RoPE."""
@@ -70,12 +75,11 @@ class VlmShape:
             ValueError: naming the number that does not divide.
         """
         text, tp = self.text, layout.tensor_model_parallel_size
-        for what, size in (("attention heads", text.num_heads), ("ffn_hidden_size", text.ffn_hidden_size)):
-            if size % tp:
-                raise ValueError(
-                    f"parallel.tensor_model_parallel_size={tp} does not divide the model's {size} {what}; "
-                    f"legal here: {[n for n in range(1, text.num_heads + 1) if self._divides(n)]}"
-                )
+        if text.num_heads % tp:
+            raise ValueError(
+                f"parallel.tensor_model_parallel_size={tp} does not divide the model's {text.num_heads} attention heads"
+                f"; legal here: {[n for n in range(1, text.num_heads + 1) if self._divides(n)]}"
+            )
         if text.num_kv_heads % tp and tp % text.num_kv_heads:
             raise ValueError(
                 f"parallel.tensor_model_parallel_size={tp} and the model's {text.num_kv_heads} key/value heads: "
@@ -85,4 +89,4 @@ class VlmShape:
 
     def _divides(self, tp: int) -> bool:
         kv = self.text.num_kv_heads
-        return not (self.text.num_heads % tp or self.text.ffn_hidden_size % tp or (kv % tp and tp % kv))
+        return not (self.text.num_heads % tp or (kv % tp and tp % kv))

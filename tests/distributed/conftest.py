@@ -18,7 +18,7 @@ from tests.distributed import ranks
 def checkpoints(tmp_path_factory) -> Path:
     """A directory of random checkpoints, each with a reference that differs from it."""
     root = tmp_path_factory.mktemp("layouts")
-    kinds = {"untied": {}, "tied": {"tied": True}, "one_kv_head": {"num_key_value_heads": 1}}
+    kinds = {"untied": {}, "tied": {"tied": True}, "one_kv_head": {"num_key_value_heads": 1, "intermediate_size": 91}}
     for seed, (name, settings) in enumerate(kinds.items()):
         write_random_checkpoint(root / name, seed=seed, **settings)
         write_random_checkpoint(root / f"{name}_reference", seed=10 + seed, **settings)

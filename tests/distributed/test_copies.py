@@ -19,7 +19,7 @@ CHECKPOINTS = ("untied", "tied", "one_kv_head", "odd")
 
 @pytest.fixture(scope="module")
 def root(checkpoints: Path) -> Path:
-    write_random_checkpoint(checkpoints / "odd", seed=5, vocab_size=511)  # padded on two tensor-parallel ranks
+    write_random_checkpoint(checkpoints / "odd", seed=5, vocab_size=511, intermediate_size=95)  # padded on two ranks
     from tests.distributed import work_copies
 
     ranks.run(2, work_copies.everything, checkpoints)

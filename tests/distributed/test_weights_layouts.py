@@ -18,7 +18,7 @@ from tests.distributed import plain, ranks
 from tests.distributed.plain import read
 
 LAYOUTS = {"tp2_pp2": (2, 2), "tp2": (2, 1), "pp2": (1, 2), "tp4": (4, 1), "pp4": (1, 4)}
-CHECKPOINTS = ("untied", "tied", "odd_vocabulary", "one_kv_head", "bf16")
+CHECKPOINTS = ("untied", "tied", "odd_vocabulary", "odd_width", "one_kv_head", "bf16")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def written(tmp_path_factory) -> Path:
     write_random_checkpoint(root / "untied", seed=1)
     write_random_checkpoint(root / "tied", seed=2, tied=True)
     write_random_checkpoint(root / "odd_vocabulary", seed=3, vocab_size=501)
+    write_random_checkpoint(root / "odd_width", seed=6, intermediate_size=90)
     write_random_checkpoint(root / "one_kv_head", seed=4, num_key_value_heads=1)
     write_random_checkpoint(root / "fp32", seed=5)
     shutil.copytree(root / "fp32", root / "bf16")
@@ -79,7 +80,7 @@ def test_padding_rows_are_zeros_on_the_last_rank(written, layout):
     assert {p for facts in seen for p in facts["padding"]} == {0.0}
 
 
-@pytest.mark.parametrize("which", ["tied", "odd_vocabulary", "one_kv_head"])
+@pytest.mark.parametrize("which", ["tied", "odd_vocabulary", "odd_width", "one_kv_head"])
 def test_logits_on_four_ranks(written, which, record_property):
     model = plain_model(written / which)
     for prompt in mixed_prompts(written / which):

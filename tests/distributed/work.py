@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint import weights, writer
+from megatron_vlmr1.checkpoint.weights import parameter_pieces
 from megatron_vlmr1.data.packing import MicroBatch, PackedGroup, model_input, pack
 from megatron_vlmr1.grpo.reference import Reference
 from megatron_vlmr1.grpo.update import GrpoUpdate, Updater
@@ -177,6 +178,13 @@ def write_gradients(policy: Policy, source: Path, target: Path) -> None:
     for parameter in policy.parameters():
         gradient = getattr(parameter, "main_grad", None)
         parameter.data = torch.zeros_like(parameter.data) if gradient is None else gradient.detach().clone()
+    for chunk in policy.chunks:
+        for parameter, pieces in parameter_pieces(chunk):
+            offset = 0
+            for piece in pieces[mesh.tp_rank]:
+                window = parameter.data.narrow(piece.dim, offset, piece.stop - piece.start)
+                assert piece.name is not None or not window.any(), "padding has a gradient"
+                offset += piece.stop - piece.start
     write_weights(policy, source, target)
     for parameter, value in zip(policy.parameters(), values, strict=True):
         parameter.data = value

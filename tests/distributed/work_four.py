@@ -14,7 +14,7 @@ from tests.distributed import work
 from tests.distributed.ranks import layout
 
 LAYOUTS = ("tp2_pp2", "tp2", "pp2", "tp4", "pp4")
-CHECKPOINTS = ("untied", "tied", "odd_vocabulary", "one_kv_head", "bf16")
+CHECKPOINTS = ("untied", "tied", "odd_vocabulary", "odd_width", "one_kv_head", "bf16")
 
 
 def round_trips(root: Path) -> None:
@@ -24,7 +24,7 @@ def round_trips(root: Path) -> None:
             for which in CHECKPOINTS:
                 dtype = torch.bfloat16 if which == "bf16" else torch.float32
                 policy = work.load_policy(root / which, mesh, banned=[], dtype=dtype)
-                if which in ("tied", "odd_vocabulary", "one_kv_head"):
+                if which in ("tied", "odd_vocabulary", "odd_width", "one_kv_head"):
                     work.logits(policy, mixed_prompts(root / which), root / f"logits_{name}_{which}.safetensors")
                 work.write_weights(policy, root / which, root / f"again_{name}" / which)
                 if which == "odd_vocabulary":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -93,3 +94,16 @@ def test_progress_that_is_none(trained, saved, content):
 def test_no_state_at_all(trained, tmp_path):
     with pytest.raises(ValueError, match="not a megatron-core checkpoint"):
         state.load(*trained[:2], tmp_path)
+
+
+def test_a_state_that_was_padded_to_another_width(trained, saved):
+    policy, optimizer, _ = trained  # 96 units wide, on one rank
+    progress = {"config": {"parallel": {"tensor_model_parallel_size": 5}}}
+    (saved / "progress.json").write_text(json.dumps(progress))
+    with pytest.raises(
+        ValueError, match="_size=5, which pads the feed-forward width 96 to 100; 1 pads it to 96: resume"
+    ):
+        state.load(policy, optimizer, saved)
+    progress["config"]["parallel"]["tensor_model_parallel_size"] = 4
+    (saved / "progress.json").write_text(json.dumps(progress))
+    assert state.load(policy, optimizer, saved) == progress

@@ -15,6 +15,7 @@ from megatron_vlmr1.checkpoint import weights, writer
 from megatron_vlmr1.checkpoint.weights import HfWeights, published_name
 from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.models.families.qwen2_5_vl import Piece, padded_vocab, tensor_shapes, text_pieces
+from megatron_vlmr1.models.shape import padded
 from tests.checkpoints import write_random_checkpoint
 from tests.distributed import plain, ranks, work
 
@@ -207,7 +208,8 @@ def test_a_directory_of_another_model_changes_no_weight(source, copy, mesh):
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize(
-    "settings", [{}, {"vocab_size": 501}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True}]
+    "settings",
+    [{}, {"vocab_size": 501}, {"intermediate_size": 90}, {"num_key_value_heads": 1}, {"tie_word_embeddings": True}],
 )
 def test_pieces_of_all_ranks_cover_every_tensor_once(tmp_path, tp, settings):
     from tests.tiny import write_tiny_checkpoint_files
@@ -232,4 +234,6 @@ def test_pieces_of_all_ranks_cover_every_tensor_once(tmp_path, tp, settings):
     for name, pieces in seen.items():
         covered = [i for p in pieces for i in range(p.start, p.stop)]
         assert sorted(covered) == list(range(sizes[name][pieces[0].dim])), name
-    assert padding == (padded_vocab(shape, tp) - shape.text.vocab_size) * (1 if shape.text.tied else 2)
+    units = padded(shape.text.ffn_hidden_size, tp) - shape.text.ffn_hidden_size  # of gate, up and down in each layer
+    rows = (padded_vocab(shape, tp) - shape.text.vocab_size) * (1 if shape.text.tied else 2)
+    assert padding == rows + 3 * units * shape.text.num_layers

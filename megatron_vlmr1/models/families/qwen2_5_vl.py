@@ -10,12 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vlmr1.models.shape import TextShape, VisionShape, VlmShape
+from megatron_vlmr1.models.shape import TextShape, VisionShape, VlmShape, padded
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows (dim 0) or columns (dim 1) `start`..`stop` of a Hugging Face tensor; zeros where it has no name."""
+    """Rows (dim 0) or columns (dim 1) `start`..`stop` of a Hugging Face tensor; zeros where it has no name.
+
+    Zeros stay zeros in training: padded tokens are never labels, and a padded feed-forward unit puts out
+    silu(0) * 0 = 0 through a column of zeros, so that neither its weights nor that column get a gradient.
+    """
 
     name: str | None
     dim: int
@@ -129,7 +133,7 @@ def vision_shapes(v: VisionShape) -> dict[str, tuple[int, ...]]:
 
 def padded_vocab(shape: VlmShape, tp: int) -> int:
     """Return the vocabulary rounded up to a multiple of the tensor-parallel size."""
-    return -(-shape.text.vocab_size // tp) * tp
+    return padded(shape.text.vocab_size, tp)
 
 
 def text_pieces(shape: VlmShape, name: str, layer: int | None, tp_rank: int, tp: int) -> list[Piece]:
@@ -156,16 +160,12 @@ def text_pieces(shape: VlmShape, name: str, layer: int | None, tp_rank: int, tp:
     if name == "self_attention.linear_qkv." + kind:
         return _cut(_qkv_rows(t, prefix + "self_attn.", kind), tp_rank, _qkv_size(t) // tp)
     if name == "mlp.linear_fc1.weight":
-        rows = t.ffn_hidden_size // tp
-        start = tp_rank * rows
-        return [Piece(f"{prefix}mlp.{half}_proj.weight", 0, start, start + rows) for half in ("gate", "up")]
-    columns = {
-        "self_attention.linear_proj.weight": ("self_attn.o_proj.weight", t.num_heads * t.head_dim // tp),
-        "mlp.linear_fc2.weight": ("mlp.down_proj.weight", t.ffn_hidden_size // tp),
-    }
-    if name in columns:
-        source, width = columns[name]
-        return [Piece(prefix + source, 1, tp_rank * width, (tp_rank + 1) * width)]
+        return [p for half in ("gate", "up") for p in _padded_cut(f"{prefix}mlp.{half}_proj.weight", t, tp_rank, tp, 0)]
+    if name == "mlp.linear_fc2.weight":
+        return _padded_cut(prefix + "mlp.down_proj.weight", t, tp_rank, tp, 1)
+    if name == "self_attention.linear_proj.weight":
+        width = t.num_heads * t.head_dim // tp
+        return [Piece(prefix + "self_attn.o_proj.weight", 1, tp_rank * width, (tp_rank + 1) * width)]
     norms = {
         "input_layernorm.weight": "input_layernorm.weight",
         "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
@@ -187,12 +187,18 @@ def _qkv_rows(t: TextShape, prefix: str, kind: str) -> list[tuple[str | None, in
     return rows
 
 
-def _cut(blocks: list[tuple[str | None, int, int]], rank: int, rows: int) -> list[Piece]:
-    """Cut rank's share of `rows` rows out of the blocks laid one after another."""
+def _padded_cut(name: str, t: TextShape, rank: int, tp: int, dim: int) -> list[Piece]:
+    """Cut rank's share of the feed-forward width, zeros behind it."""
+    whole = padded(t.ffn_hidden_size, tp)
+    return _cut([(name, 0, t.ffn_hidden_size), (None, 0, whole - t.ffn_hidden_size)], rank, whole // tp, dim)
+
+
+def _cut(blocks: list[tuple[str | None, int, int]], rank: int, rows: int, dim: int = 0) -> list[Piece]:
+    """Cut rank's share of `rows` rows (or columns) out of the blocks laid one after another."""
     pieces, offset, first, last = [], 0, rank * rows, (rank + 1) * rows
     for name, start, stop in blocks:
         low, high = max(first, offset), min(last, offset + stop - start)
         if low < high:
-            pieces.append(Piece(name, 0, start + low - offset, start + high - offset))
+            pieces.append(Piece(name, dim, start + low - offset, start + high - offset))
         offset += stop - start
     return pieces
