@@ -87,6 +87,8 @@ def thin_config(size: str, model: Path, tp: int, pp: int) -> config.Config:
         f"parallel.virtual_pipeline_model_parallel_size={virtual}",
         f"parallel.sequence_parallel={str(given.sequence_parallel and tp > 1).lower()}",
     ]
+    if config.load(path(size)).rollout.tensor_model_parallel_size is not None:
+        overrides.append(f"rollout.tensor_model_parallel_size={tp}")
     if given.pipeline_layers is not None:
         per = given.chunks // (pp * virtual)
         layers = [sum(given.pipeline_layers[i : i + per]) for i in range(0, given.chunks, per)]

@@ -34,18 +34,21 @@ class CacheSize:
 
 
 def fit(prompt_tokens: int, prompts: int, generations: int, row_tokens: int, budget: int) -> CacheSize | None:
-    """Return the largest cache of at most `budget` tokens, or None if not even one completion fits.
+    """Return a cache of at most `budget` tokens with as many rows as it can feed, or None if no completion fits.
 
-    With fewer rows than completions there is one prompt slot more than full groups need: a new prompt can enter while
-    the last completions of another are still going on.
+    With fewer rows than completions there are prompt slots for twice as many groups as fill the rows, and one more:
+    a few long completions hold their prompts, and without slots for others the rest of the rows would stand empty.
+    What is left of the budget goes to slots.
     """
     for rows in range(prompts * generations, 0, -1):
-        slots = min(prompts, -(-rows // generations) + (rows < prompts * generations))
-        size = CacheSize(slots, prompt_tokens, rows, row_tokens)
-        if size.tokens <= budget:
-            return size
-    single = CacheSize(1, prompt_tokens, 1, row_tokens)
-    return single if single.tokens <= budget else None
+        groups = -(-rows // generations)
+        slots = min(prompts, rows, groups if rows == prompts * generations else 2 * groups + 1)
+        if rows <= generations:  # better one whole group than single completions of several
+            slots = 1
+        left = budget - rows * row_tokens
+        if slots * prompt_tokens <= left:
+            return CacheSize(min(prompts, rows, left // prompt_tokens), prompt_tokens, rows, row_tokens)
+    return None
 
 
 class KvCache:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_vlmr1.checkpoint.weights import parameter_pieces
 from megatron_vlmr1.models.vlm import VlmModel
-from megatron_vlmr1.runtime import distributed
+from megatron_vlmr1.runtime import device, distributed
 
 BATCH_BYTES = 256 << 20  # on their way at a time, over all ranks
 
@@ -56,7 +56,9 @@ class Reshard:
         tables = _exchanged([_parts(source), _parts(target)], group)
         self._plan = list(transfers([table[0] for table in tables], [table[1] for table in tables]))
         self._padding = [part for part in _parts(target) if part.name is None]
-        self._row_bytes = max(p.element_size() * p[:1].numel() for p in self._target)
+        widest = torch.tensor(max(p.element_size() * p[:1].numel() for p in self._target), device=device.device())
+        dist.all_reduce(widest, dist.ReduceOp.MAX, group=group)  # not all ranks hold the tower
+        self._row_bytes = int(widest)
 
     @torch.no_grad()
     def __call__(self) -> None:

@@ -15,6 +15,7 @@ from megatron_vlmr1.rollout.filters import filtered
 from megatron_vlmr1.types import IntArray
 
 _SMALL = 2048  # tokens whose running sum is taken at once
+_LOWEST = -3e38  # in place of -inf, the largest logit of a rank that holds nothing but banned tokens
 _BELOW_ONE = 1 - 1e-15  # a share of a sum that rounding does not bring up to the sum, after which banned tokens may lie
 _BLOCK = 256  # of more: tokens whose probabilities are added up before any of them is looked at alone
 
@@ -148,7 +149,7 @@ def _side_by_side(rows: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
 def _largest(logits: torch.Tensor, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the likeliest tokens [n] and their log-probs [n]."""
     best, local = logits.max(dim=-1)
-    own = torch.exp(logits - best[:, None]).sum(-1)
+    own = torch.exp(logits - best[:, None].clamp(min=_LOWEST)).sum(-1)
     table = _gathered(torch.stack((best.double(), own.double(), (local + vocabulary.start).double())), vocabulary)
     owner = table[:, 0].argmax(0)[None]
     top = table[:, 0].gather(0, owner)[0]
@@ -169,7 +170,7 @@ def _draw(logits: torch.Tensor, vocabulary: Vocabulary, random: torch.Tensor) ->
         tokens = p.invert(random * p.reach)
         return tokens, (masses.gather(1, tokens[:, None])[:, 0] / p.total).log_()
     # A rank may hold nothing but banned tokens: its largest logit is -inf, and so its sum 0.
-    p = _Masses(torch.exp(logits - own_top.clamp(min=-3e38)))
+    p = _Masses(torch.exp(logits - own_top.clamp(min=_LOWEST)))
     table = _gathered(torch.stack((own_top[:, 0].double(), p.total)), vocabulary)  # [tp, 2, n]
     top = table[:, 0].max(0).values
     masses = table[:, 1] * torch.exp(table[:, 0] - top)  # [tp, n]
@@ -218,7 +219,8 @@ class _Masses:
         values = values.masked_fill(columns >= self._p.shape[1], 0.0)
         running = values.cumsum(-1, dtype=torch.float64)
         # The block's own sum was rounded: its running sums may end a little lower.
-        return index * _BLOCK + _first_above(running, torch.minimum(target - before, running[:, -1] * _BELOW_ONE))
+        within = _first_above(running, torch.minimum(target - before, running[:, -1] * _BELOW_ONE))
+        return (index * _BLOCK + within).clamp_(max=self._p.shape[1] - 1)
 
 
 def _first_above(running: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

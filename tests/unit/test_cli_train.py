@@ -39,6 +39,10 @@ def refused(capfd: pytest.CaptureFixture[str], *words: object) -> str:
             "pipeline_model_parallel_size=3 does not divide the model's 4",
         ),
         ("parallel.pipeline_layers=[4,1]", "parallel: pipeline_layers has 2 numbers; pipeline x virtual"),
+        (
+            "rollout.max_cache_tokens=20",
+            "rollout.max_cache_tokens=20 is too small: the longest prompt (data.max_prompt_t",
+        ),
         ("task=reck", "no task named reck; known: rec"),
         ("rewards.weights.iuo=1", "iuo"),
         ("model.path=asset:huge_vlm", "known: tiny_vlm"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_vlmr1.models.logprobs import Vocabulary
-from megatron_vlmr1.rollout.sampling import Sampling, choose, draw, streams
+from megatron_vlmr1.rollout.sampling import Sampling, _Masses, choose, draw, streams
 from tests.distributed import ranks
 
 CRITICAL = 29.88  # of chi-square with 7 degrees of freedom at 1e-4
@@ -64,6 +64,23 @@ def test_the_ends_of_the_interval_pick_tokens_that_can_be(mesh, u):
     random = torch.full((500,), u, dtype=torch.float64)
     tokens, logprobs = chosen(mesh, logits, Sampling(1, frozenset()), random, banned)
     assert not torch.isin(tokens, torch.tensor(banned)).any() and logprobs.isfinite().all()
+
+
+@pytest.mark.parametrize("v", [64, 2048, 2049, 2304, 3000, 5000])
+def test_large_vocabularies_are_inverted_exactly_and_a_rank_without_tokens_points_at_one_of_its_own(v):
+    p = torch.rand(200, v, generator=torch.Generator().manual_seed(v))
+    p[:, [0, 1, v // 2, v - 2, v - 1]] = 0
+    masses = _Masses(p)
+    u = torch.rand(200, generator=torch.Generator().manual_seed(1)).double()
+    u[:3] = torch.tensor([0.0, 2.0**-53, 1 - 2.0**-53]).double()
+    tokens = masses.invert(u * masses.reach)
+    assert (p.gather(1, tokens[:, None]) > 0).all()
+    running = p.double().cumsum(-1)
+    above, below = running.gather(1, tokens[:, None])[:, 0], running.gather(1, (tokens - 1)[:, None])[:, 0]
+    target = u * running[:, -1]
+    assert (above >= target * (1 - 1e-6)).all() and (below <= target * (1 + 1e-6)).all()
+    nothing = _Masses(torch.zeros(2, v))
+    assert nothing.invert(nothing.reach).max() < v
 
 
 def test_one_token_has_all_the_probability(mesh):
