@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ def export(
     out: Path,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    card: bytes | None = None,
+    more: Mapping[str, bytes] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Path:
     """Make a Hugging Face directory of a checkpoint; an export that was interrupted goes on where it stopped.
@@ -41,7 +41,7 @@ def export(
         out: new directory.
         dtype: of the weights; None keeps each tensor's own.
         max_shard_bytes: largest shard; a larger tensor has one of its own.
-        card: README.md; None keeps the checkpoint's.
+        more: files of the model card by name, in place of the checkpoint's own of these names.
         progress: told of every piece.
 
     Raises:
@@ -67,7 +67,7 @@ def export(
     for path, shard in todo:
         tensorfile.write(path, shard, lambda e: _pieces(weights, e), lambda of_shard: progress(done + of_shard, total))  # noqa: B023
         done += sum(entry.nbytes for entry in shard)
-    _finish(source, partial, {entry.dtype for shard in shards for entry in shard}, card)
+    _finish(source, partial, {entry.dtype for shard in shards for entry in shard}, more or {})
     if len(shards) > 1:
         write_index(partial)
     HfWeights(partial).check(shape)
@@ -126,9 +126,9 @@ def _pieces(weights: HfWeights, entry: Entry) -> Iterator[torch.Tensor]:
         yield piece.to(entry.dtype)
 
 
-def _finish(source: Path, partial: Path, dtypes: set[torch.dtype], card: bytes | None) -> None:
+def _finish(source: Path, partial: Path, dtypes: set[torch.dtype], more: Mapping[str, bytes]) -> None:
     copy_side_files(source, partial)
     if len(dtypes) == 1:
         name_dtype(partial, next(iter(dtypes)))
-    if card is not None:
-        (partial / "README.md").write_bytes(card)
+    for name, content in more.items():
+        (partial / name).write_bytes(content)

@@ -44,11 +44,15 @@ def add_parser(subparsers: Any) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     from megatron_vlmr1.checkpoint.release import export
+    from megatron_vlmr1.report.card import model_card, run_of
     from megatron_vlmr1.runtime.device import DTYPES
 
+    checkpoint, out = Path(args.checkpoint), Path(args.out)
     dtype = DTYPES[args.dtype] if args.dtype else None
+    run = run_of(checkpoint)
+    card = model_card(run, out.name) if run else {}
     with byte_progress("export") as progress:
-        out = export(Path(args.checkpoint), Path(args.out), dtype, args.max_shard_size, progress=progress)
+        export(checkpoint, out, dtype, args.max_shard_size, card, progress)
     print(out)
     return DONE
 

@@ -13,11 +13,13 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 from PIL import Image
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.cli import report as cli
 from megatron_vlmr1.report import curves, facts
+from megatron_vlmr1.report.card import model_card, run_of
 from megatron_vlmr1.report.numbers import short, tick
 from megatron_vlmr1.report.page import build
 from megatron_vlmr1.report.pictures import build_grid, split_think
@@ -348,3 +350,23 @@ def test_the_report_needs_no_torch():
 
 def test_metrics_of_a_run_are_read_once_per_step(full_run):
     assert [step for step, _ in read_metrics(full_run)] == list(range(40))
+
+
+def test_a_model_card(full_run, tmp_path):
+    card = model_card(full_run, "my | model")
+    text = card["README.md"].decode()
+    head, body = text.removeprefix("---\n").split("---\n", 1)
+    assert yaml.safe_load(head) == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["megatron_vlmr1", "grpo"],
+    }
+    assert body.startswith("# my \\| model\n") and "![mean reward of each step](reward.svg)" in body
+    assert card["reward.svg"].startswith(b"<svg") and len(card) == 2
+    assert "50.0 % → 62.5 %" in body or "0.500 → 0.625" in body or "50.0% → 62.5%" in body, body
+    assert "| `model.path` | m |" in body and "tensor_model_parallel_size: 2" in body and "<b>" not in body
+    assert run_of(full_run) == full_run and run_of(tmp_path) is None
+    step = full_run / "checkpoints" / "step_4"
+    step.mkdir(parents=True)
+    (full_run / "checkpoints" / "latest").symlink_to("step_4")
+    assert run_of(step) == run_of(full_run / "checkpoints" / "latest") == full_run
