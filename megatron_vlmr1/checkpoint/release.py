@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +13,9 @@ from megatron_vlmr1.checkpoint import store, tensorfile
 from megatron_vlmr1.checkpoint.locate import hf_directory
 from megatron_vlmr1.checkpoint.tensorfile import Entry
 from megatron_vlmr1.checkpoint.weights import HfWeights
-from megatron_vlmr1.checkpoint.writer import copy_side_files, name_dtype, write_index
+from megatron_vlmr1.checkpoint.writer import MAX_SHARD_BYTES, copy_side_files, name_dtype, shard_name, write_index
 from megatron_vlmr1.models.families import qwen2_5_vl, read_shape
 
-MAX_SHARD_BYTES = 5 * 10**9
 _PIECE_BYTES = 1 << 26
 _PLAN = ".export.json"
 _SPARE_BYTES = 1 << 26  # of disk space, for everything but weights
@@ -58,15 +57,15 @@ def export(
     shards = _cut([weights.entry(name, dtype) for name in order], max_shard_bytes)
     partial = out.with_name(out.name + ".partial")
     _begin(partial, _plan(weights, shards))
-    names = [_shard_name(i, len(shards)) for i in range(len(shards))]
-    todo = [(partial / name, shard) for name, shard in zip(names, shards, strict=True) if not (partial / name).exists()]
-    total, left = (sum(entry.nbytes for shard in some for entry in shard) for some in (shards, [s for _, s in todo]))
+    files = [(partial / shard_name(i, len(shards)), shard) for i, shard in enumerate(shards, start=1)]
+    todo = [(path, shard) for path, shard in files if not path.exists()]
+    total, left = _bytes(shards), _bytes(shard for _, shard in todo)
     _need_space(partial, left)
     done = total - left
     progress(done, total)
     for path, shard in todo:
-        tensorfile.write(path, shard, lambda e: _pieces(weights, e), lambda of_shard: progress(done + of_shard, total))  # noqa: B023
-        done += sum(entry.nbytes for entry in shard)
+        tensorfile.write(path, shard, lambda e: _pieces(weights, e), _after(done, total, progress))
+        done += _bytes([shard])
     _finish(source, partial, {entry.dtype for shard in shards for entry in shard}, more or {})
     if len(shards) > 1:
         write_index(partial)
@@ -90,8 +89,12 @@ def _cut(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
     return shards
 
 
-def _shard_name(index: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+def _after(before: int, total: int, progress: Progress) -> Callable[[int], None]:
+    return lambda done: progress(before + done, total)
+
+
+def _bytes(shards: Iterable[Sequence[Entry]]) -> int:
+    return sum(entry.nbytes for shard in shards for entry in shard)
 
 
 def _plan(weights: HfWeights, shards: Sequence[Sequence[Entry]]) -> str:

@@ -137,12 +137,15 @@ def _name_shards(target: Path) -> None:
     files = sorted(target.glob("stage-*.safetensors"))
     for file in files:
         file.chmod(0o644)  # safetensors makes files that only their owner may read
-    if len(files) == 1:
-        files[0].rename(target / "model.safetensors")
-        return
     for i, file in enumerate(files, start=1):
-        file.rename(target / f"model-{i:05d}-of-{len(files):05d}.safetensors")
-    write_index(target)
+        file.rename(target / shard_name(i, len(files)))
+    if len(files) > 1:
+        write_index(target)
+
+
+def shard_name(number: int, count: int) -> str:
+    """Return the published name of shard `number`, counted from 1, of `count`."""
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def write_index(target: Path) -> None:

@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
     export.add_argument("out", help="new directory")
     export.add_argument("--dtype", choices=("fp32", "bf16"), help="type of the weights (default: as they are)")
     export.add_argument(
-        "--max-shard-size", type=byte_size, default=5 * 10**9, metavar="SIZE", help="of one file (default: 5GB)"
+        "--max-shard-size", type=byte_size, default="5GB", metavar="SIZE", help="of one file (default: 5GB)"
     )
     export.set_defaults(run=_export)
     trip = parts.add_parser("roundtrip", help="load on T x P ranks and save again", epilog=_EPILOG)

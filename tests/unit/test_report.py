@@ -363,7 +363,7 @@ def test_a_model_card(full_run, tmp_path):
     }
     assert body.startswith("# my \\| model\n") and "![mean reward of each step](reward.svg)" in body
     assert card["reward.svg"].startswith(b"<svg") and len(card) == 2
-    assert "50.0 % → 62.5 %" in body or "0.500 → 0.625" in body or "50.0% → 62.5%" in body, body
+    assert "| Acc@0.5 (greedy) | 50.0 % → 62.5 % | 50.0 % → 50.0 % |" in body
     assert "| `model.path` | m |" in body and "tensor_model_parallel_size: 2" in body and "<b>" not in body
     assert run_of(full_run) == full_run and run_of(tmp_path) is None
     step = full_run / "checkpoints" / "step_4"
