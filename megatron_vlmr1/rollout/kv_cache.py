@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from megatron_vlmr1.models.attention import AttentionPlan
@@ -55,7 +56,7 @@ class KvCache:
     """Keys and values of one pipeline stage, Hkv heads of size D on this rank.
 
     A completion's keys lie in the columns of the ticks that made them, modulo `row_tokens`: all rows write the same
-    column, and where a key lies makes no difference to attention. What a row may see is in its mask.
+    column, and where a key lies makes no difference to attention. Which of them a row may see follows from their age.
     """
 
     def __init__(self, size: CacheSize, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
@@ -66,26 +67,11 @@ class KvCache:
         prompts, rows = (size.prompts, kv_heads, 2, size.prompt_tokens), (size.rows, kv_heads, 2, size.row_tokens)
         self.prompt = torch.zeros(layers, *prompts, head_dim, dtype=dtype, device=where)
         self.own = torch.zeros(layers, *rows, head_dim, dtype=dtype, device=where)
-        # What is added to scores: 0 at a prompt's keys and at those of its own that a row may see, else -inf.
-        self.prompt_mask = torch.full((size.prompts, size.prompt_tokens), _NEVER, dtype=dtype, device=where)
-        self.own_mask = torch.full((size.rows, size.row_tokens), _NEVER, dtype=dtype, device=where)
 
     @property
     def bytes(self) -> int:
-        """Bytes of keys, values and masks."""
-        tensors = (self.prompt, self.own, self.prompt_mask, self.own_mask)
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def open_prompts(self, slots: IntArray, lengths: IntArray) -> None:
-        """Let the first `lengths` keys of new prompts be seen."""
-        at = _index(slots)
-        columns = torch.arange(self.size.prompt_tokens, device=at.device)
-        seen = columns < _index(lengths)[:, None]
-        self.prompt_mask[at] = torch.where(seen, 0.0, _NEVER).to(self.prompt_mask.dtype)
-
-    def open_rows(self, rows: IntArray) -> None:
-        """Let new rows see nothing of their own yet."""
-        self.own_mask[_index(rows)] = _NEVER
+        """Bytes of keys and values."""
+        return self.prompt.nbytes + self.own.nbytes
 
     def columns(self, oldest: int, tick: int) -> slice:
         """Return the columns in use from one tick to another, or all of them where those run round the end."""
@@ -97,13 +83,10 @@ class KvCache:
         s, t = _index(source), _index(target)
         own = self.own[:, :, :, :, columns]
         own[:, t] = own[:, s]
-        self.own_mask[t] = self.own_mask[s]
 
     def move_prompts(self, source: IntArray, target: IntArray) -> None:
         """Put prompts into other slots."""
-        s, t = _index(source), _index(target)
-        self.prompt[:, t] = self.prompt[:, s]
-        self.prompt_mask[t] = self.prompt_mask[s]
+        self.prompt[:, _index(target)] = self.prompt[:, _index(source)]
 
 
 class Prefill:
@@ -152,7 +135,8 @@ class Occupancy:
         self.keys, self.values = _by_layer(cache.prompt[:, :prompts, :, :, : self.tokens])
         self.mask = None  # [P * Hkv, 1, tokens]
         if (lengths != self.tokens).any():
-            self.mask = cache.prompt_mask[:prompts, : self.tokens].repeat_interleave(heads, 0)[:, None]
+            self.mask = _mask(np.arange(self.tokens) < lengths[:, None], cache)
+        self.since = since
         self.oldest = int(since.min())
         self.alike = bool((since == self.oldest).all())  # whether all rows see equally many of their own keys
 
@@ -179,17 +163,17 @@ class Decode:
 
     def __init__(self, cache: KvCache, occupancy: Occupancy, tick: int) -> None:
         """`tick` is its number."""
-        rows, column = occupancy.rows, tick % cache.size.row_tokens
+        tokens = cache.size.row_tokens
         columns = cache.columns(occupancy.oldest, tick)
         used = columns.stop - columns.start
-        cache.own_mask[:rows, column] = 0.0
-        own = cache.own[:, :rows]
+        own = cache.own[:, : occupancy.rows]
         self._occupancy, self._split = occupancy, (occupancy.tokens, used)
-        self._new = own[:, :, :, :, column].unbind(0)  # of each layer [n, Hkv, keys and values, D]
+        self._new = own[:, :, :, :, tick % tokens].unbind(0)  # of each layer [n, Hkv, keys and values, D]
         self._keys, self._values = _by_layer(own[:, :, :, :, columns])
         self._mask = None  # [n * Hkv, 1, tokens]
         if not occupancy.alike or used > tick + 1 - occupancy.oldest:
-            self._mask = cache.own_mask[:rows, columns].repeat_interleave(own.shape[2], 0)[:, None]
+            age = (tick - np.arange(columns.start, columns.stop)) % tokens  # ticks since each column was written
+            self._mask = _mask(age <= tick - occupancy.since[:, None], cache)
 
     def attend(self, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         """See `rollout.forward.FusedAttend`; the queries are already divided by sqrt(D)."""
@@ -203,6 +187,13 @@ class Decode:
         at_prompt, at_own = weights.split(self._split, dim=-1)
         from_prompt = prompts.to_rows(torch.bmm(prompts.to_grid(at_prompt), prompts.values[layer]), per)
         return torch.baddbmm(from_prompt, at_own, self._values[layer]).view(prompts.rows, -1, d)
+
+
+def _mask(seen: npt.NDArray[np.bool_], cache: KvCache) -> torch.Tensor:
+    """Return what is added to scores [slots * Hkv, 1, tokens]: 0 where a key is seen [slots, tokens], else -inf."""
+    heads, dtype = cache.own.shape[2], cache.own.dtype
+    mask = torch.from_numpy(np.where(seen, 0.0, _NEVER).repeat(heads, 0)[:, None])
+    return mask.to(device.device(), dtype)
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -93,7 +93,7 @@ class Lane:
         """Rows that get a token in this tick."""
         return self._rows.n
 
-    def admit(self, cache: KvCache) -> None:
+    def admit(self) -> None:
         """Begin a tick: let in whoever fits."""
         rows = self._rows
         self.tick += 1
@@ -112,11 +112,8 @@ class Lane:
             slot = self._resident.index(request.prompt)
             # Its first key is made in the next tick.
             rows.add(self._waiting.popleft(), slot, prompt, self.tick + 1)
-        if self.entering:
-            cache.open_prompts(self.entering_slots(), self._lengths(self.entering))
         if rows.n > self.decoding:
             new = np.arange(self.decoding, rows.n)
-            cache.open_rows(new)
             positions = np.array([self.prompts[i].position for i in rows.prompt[new]])
             state = streams(self.sampling.seed, positions, rows.number[new])
             rows.uniforms[new] = draw(state[:, None], np.arange(rows.uniforms.shape[1]))
@@ -143,12 +140,10 @@ class Lane:
         """Return the rows that are decoded and their prompts."""
         if self._occupancy is None:
             settled = self._resident[: len(self._resident) - len(self.entering)]
+            lengths = np.array([len(self.prompts[i].token_ids) for i in settled])
             n, rows = self.decoding, self._rows
-            self._occupancy = Occupancy(cache, self._lengths(settled), rows.slot[:n], rows.since[:n])
+            self._occupancy = Occupancy(cache, lengths, rows.slot[:n], rows.since[:n])
         return self._occupancy
-
-    def _lengths(self, prompts: Sequence[int]) -> IntArray:
-        return np.array([len(self.prompts[i].token_ids) for i in prompts])
 
     def uniforms(self) -> npt.NDArray[np.float64]:
         """Return a number in [0, 1) for each row's next token [n]."""

@@ -50,7 +50,7 @@ class Pipe:
             self.settle()
             if not self.lane.busy:
                 return
-            self.lane.admit(self.cache)
+            self.lane.admit()
             self._jobs = ([self._decode_job()] if self.lane.decoding else []) + self._prefill_jobs()
             self._open = True
         if not self._open:

@@ -53,7 +53,7 @@ def one_rollout(seed: int, alike: bool) -> tuple[float, set[tuple[bool, bool]]]:
     own: dict[tuple[int, int, int], list[torch.Tensor]] = {}
     worst, masks = 0.0, set()
     while lane.busy:
-        lane.admit(cache)
+        lane.admit()
         if n := lane.decoding:
             decode = Decode(cache, lane.occupancy(cache), lane.tick)
             masks.add((lane.occupancy(cache).mask is not None, decode._mask is not None))
@@ -108,7 +108,7 @@ def test_more_prompts_than_fill_the_rows_feed_them_where_a_few_completions_are_l
         lane = Lane(prompts, requests, size, sampling, 1 << 20, lambda *_: None, lambda _: "")  # type: ignore[arg-type]
         cache = KvCache(size, 1, 1, 2, torch.float32)
         while lane.busy:
-            lane.admit(cache)
+            lane.admit()
             lane.take(np.zeros(lane.n, np.int64), np.zeros((2, lane.n), np.float32), cache)
         return lane.tick
 
