@@ -165,6 +165,14 @@ def byte_size(text: str) -> int:
     return int(match[1]) * scale
 
 
+def size_text(count: float) -> str:
+    """Return bytes as "1.5 GB"."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
 @contextmanager
 def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Show bytes done, bytes a second and the time left: a bar on a terminal, else a line every ten seconds.
@@ -195,6 +203,6 @@ def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
         said = now
         speed = (done - started[0][1]) / max(1e-9, now - started[0][0])
         left = duration((total - done) / speed) if speed else "?"
-        print(f"{what} {done / 1e9:.2f} of {total / 1e9:.2f} GB  {speed / 1e6:.0f} MB/s  {left} left", file=sys.stderr)
+        print(f"{what} {size_text(done)} of {size_text(total)}  {size_text(speed)}/s  {left} left", file=sys.stderr)
 
     yield say

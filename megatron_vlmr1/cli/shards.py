@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlmr1 import errors
-from megatron_vlmr1.cli.common import byte_size, print_json
+from megatron_vlmr1.cli.common import byte_size, print_json, size_text
 
 _BUILD_EXAMPLE = """\
 examples:
@@ -97,7 +97,9 @@ def run_build(args: argparse.Namespace) -> int:
     if args.json:
         print_json(done)
     else:
-        print(f"{done['out']}: {done['samples']} samples with {done['images']} images, {_size(done['bytes'])}", end="")
+        print(
+            f"{done['out']}: {done['samples']} samples with {done['images']} images, {size_text(done['bytes'])}", end=""
+        )
         print(f" in {done['shards']} shards", end="")
         print(f"; {done['rejected']} rows left out, see {REJECTED}" if done["rejected"] else "")
     return errors.DONE
@@ -136,7 +138,7 @@ def run_inspect(args: argparse.Namespace) -> int:
         print_json(found)
         return errors.DONE
     print(f"{args.directory}: {found['samples']} samples with {found['images']} images", end="")
-    print(f" in {found['shards']} shards, {_size(found['bytes'])}; {found['damaged']} samples damaged")
+    print(f" in {found['shards']} shards, {size_text(found['bytes'])}; {found['damaged']} samples damaged")
     for title in ("images_per_sample", "formats"):
         counts = ", ".join(f"{value}: {count}" for value, count in found[title].items())
         print(f"{title.replace('_', ' ')}: {counts or 'none'}")
@@ -195,13 +197,6 @@ def _print_bins(bins: list[dict[str, Any]]) -> None:
     for row in bins:
         label = "larger" if row["upto"] is None else f"<= {row['upto']}"
         print(f"  {label:>8} {row['images']:>9} {'#' * round(40 * row['images'] / most)}")
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"
 
 
 def _fraction(text: str) -> float:
