@@ -20,6 +20,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 MIN_PAIRS = 5
+CORES = len(os.sched_getaffinity(0))  # that this process may use; asked before threads are bound to some of them
 _PACKAGES = ("torch", "megatron-core", "transformers", "trl")
 
 
@@ -138,7 +139,7 @@ def finish(bench: str, cases: Sequence[Case], args: argparse.Namespace) -> None:
 
 def table(bench: str, cases: Sequence[Case]) -> Table:
     """Return the cases as a table."""
-    out = Table(title=f"{bench}: {cpu_name()}, {cores()} cores")
+    out = Table(title=f"{bench}: {cpu_name()}, {CORES} cores")
     for heading in ("case", "ours", "peer", "unit", "times better", "low to high", "setting"):
         out.add_column(heading, justify="right" if heading in ("ours", "peer", "times better") else "left")
     for c in cases:
@@ -183,7 +184,7 @@ def markdown(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
 def machine() -> str:
     """Return what the figures were taken on."""
-    return f"{cpu_name()}, {cores()} cores, {platform.machine()}, Python {platform.python_version()}"
+    return f"{cpu_name()}, {CORES} cores, {platform.machine()}, Python {platform.python_version()}"
 
 
 def versions() -> dict[str, str]:
@@ -195,11 +196,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return out
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def cpu_name() -> str:

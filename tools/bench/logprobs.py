@@ -28,7 +28,7 @@ GIB = 1 << 30
 def main() -> None:
     """Measure the cases that were asked for."""
     parser = common.parser(__doc__, CASES)
-    parser.add_argument("--threads", type=int, default=common.cores(), help="of torch (default: all cores)")
+    parser.add_argument("--threads", type=int, default=common.CORES, help="of torch (default: all cores)")
     parser.add_argument("--hidden", type=int, default=HIDDEN, help="hidden size (default: %(default)s)")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     args = parser.parse_args()

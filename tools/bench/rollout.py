@@ -1,13 +1,15 @@
 """Our engine against transformers' `generate`, the engine of the original, on the same weights and cores.
 
 8 prompts x G=8, T=1 over the whole distribution, fp32, each sequence ends at a length that was drawn beforehand.
+Both sides share the prompts out over one process a core, the fastest for both (docs/decisions.md).
 Cases: `tail`, images of 448 x 448 (256 image tokens) and long-tailed lengths; `tail_v152k`, the same with 151,936
 tokens in the vocabulary; `flat`, 16 image tokens and 64 tokens each, where `generate` wastes least. No image embedding
-is kept between repeats. With --ranks 2 --threads 1 both sides share the prompts out over two processes.
+is kept between repeats.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 import time
@@ -42,9 +44,11 @@ class Work:
 def main() -> None:
     """Measure the cases that were asked for."""
     parser = common.parser(__doc__, CASES)
-    parser.add_argument("--ranks", type=int, default=1, help="processes of each side (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=common.cores(), help="threads a process (default: all cores)")
+    ranks = math.gcd(PROMPTS, common.CORES)
+    parser.add_argument("--ranks", type=int, default=ranks, help="processes of each side (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="threads a process (default: cores by ranks)")
     args = parser.parse_args()
+    args.threads = args.threads or max(1, common.CORES // args.ranks)
     if PROMPTS % args.ranks:
         parser.error(f"--ranks must divide {PROMPTS} prompts")
     if args.ranks == 1:
@@ -94,7 +98,7 @@ def run_case(name: str, directory: Path, mesh: Any, args: Any) -> common.Case:
         f"{PROMPTS} prompts of {len(prompts[0].token_ids)} tokens ({image_tokens} of the image) x {GENERATIONS}, "
         f"lengths {'all ' + str(flat[0]) if name == 'flat' else f'drawn with seed {tiny.SEED}'} "
         f"(mean {lengths.mean():.1f}, max {lengths.max()}), vocabulary {policy.shape.text.vocab_size:,}, fp32, "
-        f"each side {args.ranks} rank{'s' * (args.ranks > 1)} x {args.threads} threads"
+        f"each side {args.ranks} rank{'s' * (args.ranks > 1)} x {args.threads} thread{'s' * (args.threads > 1)}"
         f"{', bound to cores' * (args.ranks == 1)}; log-probs agree to {gap:.0e}"
     )
     return common.case(name, pairs, "tokens/s", setting, more_is_better=True)

@@ -38,7 +38,7 @@ MAX_DIFFERENCE = 1e-5  # of the gradients' norms, relative
 def main() -> None:
     """Measure the cases that were asked for."""
     parser = common.parser(__doc__, CASES)
-    parser.add_argument("--threads", type=int, default=common.cores(), help="of torch (default: all cores)")
+    parser.add_argument("--threads", type=int, default=common.CORES, help="of torch (default: all cores)")
     args = parser.parse_args()
     common.bind_threads()
     from tools.bench import tiny
