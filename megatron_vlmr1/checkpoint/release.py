@@ -14,7 +14,7 @@ from megatron_vlmr1.checkpoint.locate import hf_directory
 from megatron_vlmr1.checkpoint.tensorfile import Entry
 from megatron_vlmr1.checkpoint.weights import HfWeights
 from megatron_vlmr1.checkpoint.writer import MAX_SHARD_BYTES, copy_side_files, name_dtype, shard_name, write_index
-from megatron_vlmr1.models.families import qwen2_5_vl, read_shape
+from megatron_vlmr1.models.families import of, read_shape
 
 _PIECE_BYTES = 1 << 26
 _PLAN = ".export.json"
@@ -52,7 +52,7 @@ def export(
     source = hf_directory(checkpoint)
     weights = HfWeights(source)
     weights.check(shape := read_shape(source))
-    order = [*qwen2_5_vl.tensor_shapes(shape)]
+    order = [*of(shape).tensor_shapes(shape)]
     order += sorted(weights.names() - set(order))  # a tied model's second copy, where it has one
     shards = _cut([weights.entry(name, dtype) for name in order], max_shard_bytes)
     partial = out.with_name(out.name + ".partial")

@@ -11,13 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_vlmr1.checkpoint.tensorfile import DTYPES, Entry
-from megatron_vlmr1.models.families import qwen2_5_vl
-from megatron_vlmr1.models.families.qwen2_5_vl import Piece
+from megatron_vlmr1.models import families
+from megatron_vlmr1.models.pieces import Piece
 from megatron_vlmr1.models.shape import VlmShape
 from megatron_vlmr1.models.vlm import VlmModel
-
-# Names that newer transformers use in memory, and the published names that they stand for.
-_ALIASES = (("model.language_model.", "model."), ("model.visual.", "visual."))
 
 
 class HfWeights:
@@ -32,6 +29,7 @@ class HfWeights:
         self.directory = directory
         self._files: dict[str, Any] = {}
         self._where: dict[str, tuple[Path, str]] = {}
+        aliases = families.aliases(directory)
         for path in _shards(directory):
             try:
                 handle = safe_open(path, framework="pt")
@@ -40,7 +38,7 @@ class HfWeights:
                 raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
             self._files[str(path)] = handle
             for name in names:
-                self._where[published_name(name)] = (path, name)
+                self._where[families.published_name(name, aliases)] = (path, name)
 
     def names(self) -> set[str]:
         """Return the published names of all tensors."""
@@ -52,7 +50,7 @@ class HfWeights:
         Raises:
             ValueError: naming a missing, unexpected or misshapen tensor.
         """
-        expected = qwen2_5_vl.tensor_shapes(shape)
+        expected = families.of(shape).tensor_shapes(shape)
         extra = self.names() - expected.keys() - ({"lm_head.weight"} if shape.text.tied else set())
         missing = expected.keys() - self.names()
         for what, names in (("lacks", missing), ("has unexpected", extra)):
@@ -109,14 +107,6 @@ class HfWeights:
         return self._files[str(path)].get_slice(stored)
 
 
-def published_name(name: str) -> str:
-    """Return the published name of a tensor, whichever transformers wrote it."""
-    for alias, published in _ALIASES:
-        if name.startswith(alias):
-            return published + name.removeprefix(alias)
-    return name
-
-
 def _shards(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
@@ -137,11 +127,11 @@ def _shards(directory: Path) -> list[Path]:
 
 def parameter_pieces(model: VlmModel) -> Iterator[tuple[torch.nn.Parameter, list[list[Piece]]]]:
     """Yield every parameter of this chunk with what it is made of on each tensor-parallel rank, in a fixed order."""
-    shape, mesh = model.shape, model.mesh
+    shape, mesh, family = model.shape, model.mesh, families.of(model.shape)
     if model.vision is not None:
-        sizes = qwen2_5_vl.vision_shapes(shape.vision)
+        sizes = family.vision_shapes(shape.vision)
         for name, parameter in model.vision.named_parameters():
-            yield parameter, [[Piece("visual." + name, 0, 0, sizes[name][0])]] * mesh.tp_size
+            yield parameter, [[Piece(family.VISION_PREFIX + name, 0, 0, sizes[name][0])]] * mesh.tp_size
     for name, parameter in model.language.named_parameters():
         layer, inner = None, name
         if name.startswith("decoder.layers."):
@@ -149,7 +139,7 @@ def parameter_pieces(model: VlmModel) -> Iterator[tuple[torch.nn.Parameter, list
             layer = model.language.decoder.layers[int(local)].layer_number - 1
         yield (
             parameter,
-            [qwen2_5_vl.text_pieces(shape, inner, layer, rank, mesh.tp_size) for rank in range(mesh.tp_size)],
+            [family.text_pieces(shape, inner, layer, rank, mesh.tp_size) for rank in range(mesh.tp_size)],
         )
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_vlmr1.checkpoint.weights import HfWeights, parameter_pieces
-from megatron_vlmr1.models.families import qwen2_5_vl
+from megatron_vlmr1.models import families
 from megatron_vlmr1.models.vlm import VlmModel
 from megatron_vlmr1.runtime import distributed
 
@@ -103,7 +103,7 @@ def _whole_tensors(model: VlmModel) -> Iterator[tuple[str, torch.Tensor]]:
 
     Every Hugging Face tensor lies within one parameter, so it is whole once that parameter is gathered.
     """
-    mesh, sizes = model.mesh, qwen2_5_vl.tensor_shapes(model.shape)
+    mesh, sizes = model.mesh, families.of(model.shape).tensor_shapes(model.shape)
     for parameter, pieces in parameter_pieces(model):
         split = mesh.tp_size > 1 and pieces[0] != pieces[1]
         parts = _gather(parameter.detach(), model) if split else [parameter.detach()]

@@ -8,9 +8,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_vlmr1.config import RecomputeConfig
-from megatron_vlmr1.models.families.qwen2_5_vl import padded_vocab
 from megatron_vlmr1.models.logprobs import Vocabulary, token_logprobs
-from megatron_vlmr1.models.shape import VlmShape
+from megatron_vlmr1.models.shape import VlmShape, padded
 from megatron_vlmr1.models.vlm import VlmModel, build_chunks, encode_images, gather_hidden
 from megatron_vlmr1.parallel import optimizer as parallel_optimizer
 from megatron_vlmr1.parallel.mesh import Mesh
@@ -42,7 +41,7 @@ class Policy:
         self.chunks = build_chunks(shape, mesh, dtype, recompute or RecomputeConfig())
         if freeze_vision and self.chunks[0].vision is not None:
             self.chunks[0].vision.requires_grad_(False)
-        rows = padded_vocab(shape, mesh.tp_size) // mesh.tp_size
+        rows = padded(shape.text.vocab_size, mesh.tp_size) // mesh.tp_size
         self.vocabulary = Vocabulary(rows, shape.text.vocab_size, banned, mesh.tp_group, device.device())
         self.ddp: list[DistributedDataParallel] = []
         self.version = 0  # of the weights

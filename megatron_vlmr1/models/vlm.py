@@ -21,9 +21,8 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlmr1.config import RecomputeConfig
 from megatron_vlmr1.models.attention import Attend, PackedAttention
-from megatron_vlmr1.models.families.qwen2_5_vl import padded_vocab
 from megatron_vlmr1.models.layers import block_spec, transformer_config
-from megatron_vlmr1.models.shape import VlmShape
+from megatron_vlmr1.models.shape import VlmShape, padded
 from megatron_vlmr1.models.vision import VisionTower, encode
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.types import ImagePatches
@@ -71,7 +70,7 @@ class VlmModel(MegatronModule):
         self.language = _LanguageModel(
             config,
             block_spec(mesh.layout.layers_by_chunk(shape.text.num_layers)[vp_stage * mesh.pp_size + mesh.pp_rank]),
-            vocab_size=padded_vocab(shape, mesh.tp_size),
+            vocab_size=padded(shape.text.vocab_size, mesh.tp_size),
             max_sequence_length=shape.text.max_positions,
             pre_process=self.pre_process,
             post_process=self.post_process,

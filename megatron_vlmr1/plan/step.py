@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from megatron_vlmr1.config import Config, ParallelConfig, decoding_layout
-from megatron_vlmr1.models.families import qwen2_5_vl
-from megatron_vlmr1.models.families.qwen2_5_vl import Piece
+from megatron_vlmr1.models import families
+from megatron_vlmr1.models.pieces import Piece
 from megatron_vlmr1.models.shape import VlmShape
 from megatron_vlmr1.telemetry.flops import causal_pairs, language_flops
 
@@ -141,7 +141,7 @@ def _layers_on_stage(layout: ParallelConfig, num_layers: int, stage: int) -> lis
 
 def _parameters(shape: VlmShape, tp: int, pp: int, stage: int, layers: list[int]) -> int:
     """Parameters of one rank, from the same pieces that the checkpoint reader uses."""
-    sizes = qwen2_5_vl.tensor_shapes(shape)
+    sizes = families.of(shape).tensor_shapes(shape)
     names: list[tuple[str, int | None]] = []
     if stage == 0:
         names.append(("embedding.word_embeddings.weight", None))
@@ -158,9 +158,9 @@ def _parameters(shape: VlmShape, tp: int, pp: int, stage: int, layers: list[int]
         size = sizes[piece.name]
         return rows * math.prod(size) // size[piece.dim]
 
-    text = sum(count(piece) for name, i in names for piece in qwen2_5_vl.text_pieces(shape, name, i, 0, tp))
+    text = sum(count(piece) for name, i in names for piece in families.of(shape).text_pieces(shape, name, i, 0, tp))
     return text + (_vision_parameters(shape) if stage == 0 else 0)
 
 
 def _vision_parameters(shape: VlmShape) -> int:
-    return sum(math.prod(size) for size in qwen2_5_vl.vision_shapes(shape.vision).values())
+    return sum(math.prod(size) for size in families.of(shape).vision_shapes(shape.vision).values())

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_vlmr1.checkpoint.weights import HfWeights, published_name
+from megatron_vlmr1.checkpoint.weights import HfWeights
+from megatron_vlmr1.models.families import published_name
+from megatron_vlmr1.models.families.qwen2_5_vl import ALIASES
 from megatron_vlmr1.types import Group, IntArray, Prompt
 from tests.checkpoints import banned_ids, plain_model
 
@@ -163,7 +165,7 @@ def gradients(model: Any, loss: torch.Tensor, keep: bool = False) -> Tensors:
     """Differentiate `loss`; gradients under the published names. `keep` its graph for another loss."""
     model.zero_grad()
     loss.backward(retain_graph=keep)
-    return {published_name(name): p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+    return {published_name(name, ALIASES): p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @cache

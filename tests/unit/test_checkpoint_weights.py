@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vlmr1.checkpoint import weights, writer
-from megatron_vlmr1.checkpoint.weights import HfWeights, published_name
-from megatron_vlmr1.models.families import read_shape
-from megatron_vlmr1.models.families.qwen2_5_vl import Piece, padded_vocab, tensor_shapes, text_pieces
+from megatron_vlmr1.checkpoint.weights import HfWeights
+from megatron_vlmr1.models.families import published_name, read_shape
+from megatron_vlmr1.models.families.qwen2_5_vl import ALIASES, tensor_shapes, text_pieces
+from megatron_vlmr1.models.pieces import Piece
 from megatron_vlmr1.models.shape import padded
 from tests.checkpoints import write_random_checkpoint
 from tests.distributed import plain, ranks, work
@@ -169,9 +170,9 @@ def test_names_of_newer_transformers(copy, source):
     change(copy, rename)
     HfWeights(copy).check(read_shape(copy))
     assert all(torch.equal(t, plain.read(copy)[name]) for name, t in plain.read(source).items())
-    assert published_name("model.language_model.norm.weight") == "model.norm.weight"
-    assert published_name("model.visual.merger.ln_q.weight") == "visual.merger.ln_q.weight"
-    assert published_name("lm_head.weight") == "lm_head.weight"
+    assert published_name("model.language_model.norm.weight", ALIASES) == "model.norm.weight"
+    assert published_name("model.visual.merger.ln_q.weight", ALIASES) == "visual.merger.ln_q.weight"
+    assert published_name("lm_head.weight", ALIASES) == "lm_head.weight"
 
 
 def test_load_and_save_in_one_process(source, mesh, tmp_path):
@@ -235,5 +236,5 @@ def test_pieces_of_all_ranks_cover_every_tensor_once(tmp_path, tp, settings):
         covered = [i for p in pieces for i in range(p.start, p.stop)]
         assert sorted(covered) == list(range(sizes[name][pieces[0].dim])), name
     units = padded(shape.text.ffn_hidden_size, tp) - shape.text.ffn_hidden_size  # of gate, up and down in each layer
-    rows = (padded_vocab(shape, tp) - shape.text.vocab_size) * (1 if shape.text.tied else 2)
+    rows = (padded(shape.text.vocab_size, tp) - shape.text.vocab_size) * (1 if shape.text.tied else 2)
     assert padding == rows + 3 * units * shape.text.num_layers

@@ -1,15 +1,61 @@
-"""One file per model family: shapes and names from its config.json."""
+"""One file per model family: what its config.json says, and which tensors make up each parameter.
+
+A family is known as soon as its file lies here under its `model_type`. What such a file has to define is `Family`.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
-from megatron_vlmr1.models.families import qwen2_5_vl
-from megatron_vlmr1.models.shape import VlmShape
+from megatron_vlmr1.models.pieces import Piece
+from megatron_vlmr1.models.shape import VisionShape, VlmShape
 
-_FAMILIES = {"qwen2_5_vl": qwen2_5_vl}
+
+class Family(Protocol):
+    """A module of this package."""
+
+    ALIASES: tuple[tuple[str, str], ...]
+    """Beginnings of names that transformers writes besides the published ones, and what they stand for."""
+    VISION_PREFIX: str
+    """What precedes the names of the tower's parameters in their published names."""
+
+    def read_shape(self, config: dict[str, Any]) -> VlmShape:
+        """Return the numbers of a config.json; a number that it lacks is a KeyError."""
+        ...
+
+    def tensor_shapes(self, shape: VlmShape) -> dict[str, tuple[int, ...]]:
+        """Return every tensor of the model under its published name, with its shape."""
+        ...
+
+    def vision_shapes(self, v: VisionShape) -> dict[str, tuple[int, ...]]:
+        """Return the parameters of our own tower, with their shapes."""
+        ...
+
+    def text_pieces(self, shape: VlmShape, name: str, layer: int | None, tp_rank: int, tp: int) -> list[Piece]:
+        """Return what makes up one parameter of the language model on one tensor-parallel rank.
+
+        Args:
+            shape: the model.
+            name: Megatron's, within the decoder layer, or of the whole language model where `layer` is None.
+            layer: number in the whole model.
+            tp_rank: rank in the tensor-parallel group.
+            tp: size of the tensor-parallel group.
+        """
+        ...
+
+
+def known() -> list[str]:
+    """Return the `model_type` of every family."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def of(shape: VlmShape) -> Family:
+    """Return the family of a model."""
+    return _module(shape.family)
 
 
 def read_shape(directory: Path) -> VlmShape:
@@ -19,16 +65,39 @@ def read_shape(directory: Path) -> VlmShape:
         ValueError: no or broken config.json, an unknown family, or a missing number.
     """
     path = directory / "config.json"
+    config = _config(path)
+    family = config.get("model_type")
+    if family not in known():
+        raise ValueError(f"{path}: model_type {family!r} is not supported; known: {', '.join(known())}")
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return _module(family).read_shape(config)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: missing or malformed {error}") from error
+
+
+def aliases(directory: Path) -> tuple[tuple[str, str], ...]:
+    """Return the `ALIASES` of a Hugging Face directory's family; none where the family is not known."""
+    family = _config(directory / "config.json").get("model_type")
+    return _module(family).ALIASES if family in known() else ()
+
+
+def published_name(name: str, aliases: tuple[tuple[str, str], ...]) -> str:
+    """Return the published name of a tensor, whichever transformers wrote it."""
+    for alias, published in aliases:
+        if name.startswith(alias):
+            return published + name.removeprefix(alias)
+    return name
+
+
+def _module(family: str) -> Family:
+    return cast(Family, importlib.import_module(f"{__name__}.{family}"))
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: not found; expected a Hugging Face model directory") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
-    family = config.get("model_type") if isinstance(config, dict) else None
-    if family not in _FAMILIES:
-        raise ValueError(f"{path}: model_type {family!r} is not supported; known: {', '.join(_FAMILIES)}")
-    try:
-        return _FAMILIES[family].read_shape(config)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: missing or malformed {error}") from error
+    return config if isinstance(config, dict) else {}

@@ -7,24 +7,14 @@ the fused QKV goes [q..q, k, v] per key/value group, and the fused gate/up is [g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from megatron_vlmr1.models.pieces import Block, Piece, cut
 from megatron_vlmr1.models.shape import TextShape, VisionShape, VlmShape, padded
 
-
-@dataclass(frozen=True)
-class Piece:
-    """Rows (dim 0) or columns (dim 1) `start`..`stop` of a Hugging Face tensor; zeros where it has no name.
-
-    Zeros stay zeros in training: padded tokens are never labels, and a padded feed-forward unit puts out
-    silu(0) * 0 = 0 through a column of zeros, so that neither its weights nor that column get a gradient.
-    """
-
-    name: str | None
-    dim: int
-    start: int
-    stop: int
+# Names that newer transformers use in memory, and the published names that they stand for.
+ALIASES = (("model.language_model.", "model."), ("model.visual.", "visual."))
+VISION_PREFIX = "visual."
 
 
 def read_shape(config: dict[str, Any]) -> VlmShape:
@@ -90,7 +80,7 @@ def tensor_shapes(shape: VlmShape) -> dict[str, tuple[int, ...]]:
     out["model.norm.weight"] = (t.hidden_size,)
     if not t.tied:
         out["lm_head.weight"] = (t.vocab_size, t.hidden_size)
-    return out | {f"visual.{name}": size for name, size in vision_shapes(shape.vision).items()}
+    return out | {VISION_PREFIX + name: size for name, size in vision_shapes(shape.vision).items()}
 
 
 def vision_shapes(v: VisionShape) -> dict[str, tuple[int, ...]]:
@@ -131,11 +121,6 @@ def vision_shapes(v: VisionShape) -> dict[str, tuple[int, ...]]:
     }
 
 
-def padded_vocab(shape: VlmShape, tp: int) -> int:
-    """Return the vocabulary rounded up to a multiple of the tensor-parallel size."""
-    return padded(shape.text.vocab_size, tp)
-
-
 def text_pieces(shape: VlmShape, name: str, layer: int | None, tp_rank: int, tp: int) -> list[Piece]:
     """Return what makes up one parameter of the language model on one tensor-parallel rank.
 
@@ -153,12 +138,12 @@ def text_pieces(shape: VlmShape, name: str, layer: int | None, tp_rank: int, tp:
             return [Piece("model.norm.weight", 0, 0, t.hidden_size)]
         tied_or_embedding = t.tied or name == "embedding.word_embeddings.weight"
         source = "model.embed_tokens.weight" if tied_or_embedding else "lm_head.weight"
-        rows = padded_vocab(shape, tp) // tp
-        return _cut([(source, 0, t.vocab_size), (None, 0, padded_vocab(shape, tp) - t.vocab_size)], tp_rank, rows)
+        rows = padded(t.vocab_size, tp)
+        return cut([(source, 0, t.vocab_size), (None, 0, rows - t.vocab_size)], tp_rank, rows // tp)
     prefix = f"model.layers.{layer}."
     kind = name.rsplit(".", 1)[1]
     if name == "self_attention.linear_qkv." + kind:
-        return _cut(_qkv_rows(t, prefix + "self_attn.", kind), tp_rank, _qkv_size(t) // tp)
+        return cut(_qkv_rows(t, prefix + "self_attn.", kind), tp_rank, _qkv_size(t) // tp)
     if name == "mlp.linear_fc1.weight":
         return [p for half in ("gate", "up") for p in _padded_cut(f"{prefix}mlp.{half}_proj.weight", t, tp_rank, tp, 0)]
     if name == "mlp.linear_fc2.weight":
@@ -177,9 +162,9 @@ def _qkv_size(t: TextShape) -> int:
     return (t.num_heads + 2 * t.num_kv_heads) * t.head_dim
 
 
-def _qkv_rows(t: TextShape, prefix: str, kind: str) -> list[tuple[str | None, int, int]]:
+def _qkv_rows(t: TextShape, prefix: str, kind: str) -> list[Block]:
     d, per_group = t.head_dim, t.num_heads // t.num_kv_heads * t.head_dim
-    rows: list[tuple[str | None, int, int]] = []
+    rows: list[Block] = []
     for g in range(t.num_kv_heads):
         rows.append((f"{prefix}q_proj.{kind}", g * per_group, (g + 1) * per_group))
         rows.append((f"{prefix}k_proj.{kind}", g * d, (g + 1) * d))
@@ -190,15 +175,4 @@ def _qkv_rows(t: TextShape, prefix: str, kind: str) -> list[tuple[str | None, in
 def _padded_cut(name: str, t: TextShape, rank: int, tp: int, dim: int) -> list[Piece]:
     """Cut rank's share of the feed-forward width, zeros behind it."""
     whole = padded(t.ffn_hidden_size, tp)
-    return _cut([(name, 0, t.ffn_hidden_size), (None, 0, whole - t.ffn_hidden_size)], rank, whole // tp, dim)
-
-
-def _cut(blocks: list[tuple[str | None, int, int]], rank: int, rows: int, dim: int = 0) -> list[Piece]:
-    """Cut rank's share of `rows` rows (or columns) out of the blocks laid one after another."""
-    pieces, offset, first, last = [], 0, rank * rows, (rank + 1) * rows
-    for name, start, stop in blocks:
-        low, high = max(first, offset), min(last, offset + stop - start)
-        if low < high:
-            pieces.append(Piece(name, dim, start + low - offset, start + high - offset))
-        offset += stop - start
-    return pieces
+    return cut([(name, 0, t.ffn_hidden_size), (None, 0, whole - t.ffn_hidden_size)], rank, whole // tp, dim)
