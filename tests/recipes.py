@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from megatron_vlmr1 import config
+from megatron_vlmr1.models.families import read_shape
 from tests.checkpoints import write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = ("3b", "7b", "32b", "72b")
-# hidden, layers, heads, key/value heads, ffn, vocabulary, tied, tower's ffn
-SHAPES = {
-    "3b": (2048, 36, 16, 2, 11008, 151936, True, 3420),
-    "7b": (3584, 28, 28, 4, 18944, 152064, False, 3420),
-    "32b": (5120, 64, 40, 8, 27648, 152064, False, 3456),
-    "72b": (8192, 80, 64, 8, 29568, 152064, False, 3420),
-}
 DIVISORS = {"3b": 16, "7b": 32, "32b": 64, "72b": 64}  # of all widths
 TOWER = {"depth": 32, "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112}
 
@@ -27,47 +19,25 @@ def path(size: str) -> Path:
     return ROOT / "configs" / "recipe" / f"{size}.yaml"
 
 
-def write_published_config(directory: Path, size: str) -> Path:
-    """Write the config.json of the published model, and nothing else."""
-    hidden, layers, heads, kv_heads, ffn, vocabulary, tied, tower_ffn = SHAPES[size]
-    vision = {"hidden_size": 1280, "num_heads": 16, "intermediate_size": tower_ffn, "out_hidden_size": hidden, **TOWER}
-    content: dict[str, Any] = {
-        "model_type": "qwen2_5_vl",
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": ffn,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": tied,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "max_position_embeddings": 128000,
-        "vision_config": vision | {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2},
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "vision_start_token_id": 151652,
-    }
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(content))
-    return directory
+def published(size: str) -> Path:
+    """Return the directory with the published model's config.json, and nothing else."""
+    return ROOT / "configs" / "model" / f"qwen2.5-vl-{size}"
 
 
 def write_thin_checkpoint(directory: Path, size: str) -> Path:
     """Write random weights for the model with its widths divided: every layer and block, and two key/value heads."""
-    hidden, layers, heads, kv_heads, ffn, _, tied, _ = SHAPES[size]
-    thin, heads = hidden // DIVISORS[size], heads * 2 // kv_heads
+    text = read_shape(published(size)).text
+    thin = text.hidden_size // DIVISORS[size]
     return write_random_checkpoint(
         directory,
         seed=SIZES.index(size),
-        tied=tied,
+        tied=text.tied,
         vision={"hidden_size": 32, "num_heads": 2, "intermediate_size": 86, "out_hidden_size": thin, **TOWER},
         hidden_size=thin,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+        num_hidden_layers=text.num_layers,
+        num_attention_heads=text.num_heads * 2 // text.num_kv_heads,
         num_key_value_heads=2,
-        intermediate_size=ffn // DIVISORS[size],
+        intermediate_size=text.ffn_hidden_size // DIVISORS[size],
         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
     )
 

@@ -10,11 +10,14 @@ import torch.distributed as dist
 
 from megatron_vlmr1.checkpoint import store, weights, writer
 from megatron_vlmr1.checkpoint.locate import hf_directory
+from megatron_vlmr1.checkpoint.weights import HfWeights
 from megatron_vlmr1.config import ParallelConfig, RecomputeConfig
 from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.models.vlm import build_chunks
 from megatron_vlmr1.parallel.job import joined
 from megatron_vlmr1.runtime import device, distributed
+
+_PIECE = 1 << 23  # numbers that are compared at once
 
 
 def roundtrip(source: Path, out: Path, layout: ParallelConfig, precision: str) -> None:
@@ -48,10 +51,23 @@ def differences(left: Path, right: Path) -> list[str]:
     a, b = (weights.HfWeights(hf_directory(path)) for path in (left, right))
     out = [f"{name}: only in {left}" for name in sorted(a.names() - b.names())]
     out += [f"{name}: only in {right}" for name in sorted(b.names() - a.names())]
-    for name in sorted(a.names() & b.names()):
-        x, y = a.tensor(name), b.tensor(name)
-        if x.shape != y.shape or x.dtype != y.dtype:
-            out.append(f"{name}: {list(x.shape)} {x.dtype} against {list(y.shape)} {y.dtype}")
-        elif not torch.equal(x, y):
-            out.append(f"{name}: largest difference {(x.double() - y.double()).abs().max():.3g}")
+    out += [line for name in sorted(a.names() & b.names()) if (line := _difference(a, b, name))]
     return out
+
+
+def _difference(a: HfWeights, b: HfWeights, name: str) -> str:
+    """Return how a tensor differs, nothing if it does not; in pieces of bounded size."""
+    x, y = a.entry(name), b.entry(name)
+    if x.shape != y.shape:
+        return f"{name}: {list(x.shape)} {x.dtype} against {list(y.shape)} {y.dtype}"
+    same, largest = True, 0.0
+    pieces = (side.pieces(name, _PIECE * entry.dtype.itemsize) for side, entry in ((a, x), (b, y)))
+    for p, q in zip(*pieces, strict=True):
+        if x.dtype == y.dtype and torch.equal(p.contiguous().view(torch.uint8), q.contiguous().view(torch.uint8)):
+            continue
+        same = False
+        largest = max(largest, float((p.double() - q.double()).abs().max()), key=lambda v: (v != v, v))
+    if same:
+        return ""
+    types = f"{x.dtype} against {y.dtype}, " if x.dtype != y.dtype else ""
+    return f"{name}: {types}largest difference {largest:.3g}"

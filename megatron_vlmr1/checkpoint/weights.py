@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -125,22 +125,30 @@ def _shards(directory: Path) -> list[Path]:
     return paths
 
 
-def parameter_pieces(model: VlmModel) -> Iterator[tuple[torch.nn.Parameter, list[list[Piece]]]]:
-    """Yield every parameter of this chunk with what it is made of on each tensor-parallel rank, in a fixed order."""
+class Part(NamedTuple):
+    """One parameter of a chunk, and what it is made of."""
+
+    name: str  # Megatron's, with the layer's number in the whole model
+    parameter: torch.nn.Parameter
+    pieces: list[list[Piece]]  # of each tensor-parallel rank
+
+
+def parameter_pieces(model: VlmModel) -> Iterator[Part]:
+    """Yield every parameter of this chunk, in a fixed order."""
     shape, mesh, family = model.shape, model.mesh, families.of(model.shape)
     if model.vision is not None:
         sizes = family.vision_shapes(shape.vision)
         for name, parameter in model.vision.named_parameters():
-            yield parameter, [[Piece(family.VISION_PREFIX + name, 0, 0, sizes[name][0])]] * mesh.tp_size
+            whole = [Piece(family.VISION_PREFIX + name, 0, 0, sizes[name][0])]
+            yield Part(f"vision.{name}", parameter, [whole] * mesh.tp_size)
     for name, parameter in model.language.named_parameters():
         layer, inner = None, name
         if name.startswith("decoder.layers."):
             _, _, local, inner = name.split(".", 3)
             layer = model.language.decoder.layers[int(local)].layer_number - 1
-        yield (
-            parameter,
-            [family.text_pieces(shape, inner, layer, rank, mesh.tp_size) for rank in range(mesh.tp_size)],
-        )
+            name = f"decoder.layers.{layer}.{inner}"
+        pieces = [family.text_pieces(shape, inner, layer, rank, mesh.tp_size) for rank in range(mesh.tp_size)]
+        yield Part(name, parameter, pieces)
 
 
 @torch.no_grad()
@@ -151,7 +159,7 @@ def load(chunks: Sequence[VlmModel], weights: HfWeights) -> None:
         ValueError: the directory does not hold this model.
     """
     weights.check(chunks[0].shape)
-    for parameter, pieces in (found for chunk in chunks for found in parameter_pieces(chunk)):
+    for _, parameter, pieces in (part for chunk in chunks for part in parameter_pieces(chunk)):
         start = 0
         for piece in pieces[chunks[0].mesh.tp_rank]:
             part = weights.read(piece, parameter)

@@ -104,7 +104,7 @@ def _whole_tensors(model: VlmModel) -> Iterator[tuple[str, torch.Tensor]]:
     Every Hugging Face tensor lies within one parameter, so it is whole once that parameter is gathered.
     """
     mesh, sizes = model.mesh, families.of(model.shape).tensor_shapes(model.shape)
-    for parameter, pieces in parameter_pieces(model):
+    for _, parameter, pieces in parameter_pieces(model):
         split = mesh.tp_size > 1 and pieces[0] != pieces[1]
         parts = _gather(parameter.detach(), model) if split else [parameter.detach()]
         whole: dict[str, torch.Tensor] = {}

@@ -147,12 +147,22 @@ def find_config(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    shipped = Path(str(importlib.resources.files("megatron_vlmr1"))) / "configs"
+    shipped = _shipped_configs()
     inside = shipped / name.removeprefix("configs/")
     if inside.is_file() and inside.resolve().is_relative_to(shipped.resolve()):
         return inside
     names = ", ".join(sorted(f"configs/{path.relative_to(shipped)}" for path in shipped.rglob("*.yaml")))
     raise ValueError(f"{name}: no such config file; the package has {names or 'none'}")
+
+
+def find_model(name: str) -> Path:
+    """Return a Hugging Face directory: `name` itself, or the package's own ``configs/model/NAME``, without weights."""
+    model = re.fullmatch(r"configs/model/([\w.-]+)/?", name, re.ASCII)
+    return _shipped_configs() / "model" / model[1] if model and not Path(name).is_dir() else Path(name)
+
+
+def _shipped_configs() -> Path:
+    return Path(str(importlib.resources.files("megatron_vlmr1"))) / "configs"
 
 
 def byte_size(text: str) -> int:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_vlmr1.cli.common import byte_progress, byte_size
+from megatron_vlmr1.cli.common import byte_progress, byte_size, find_model, print_json
 from megatron_vlmr1.errors import DIFFERS, DONE
+
+if TYPE_CHECKING:
+    from megatron_vlmr1.config import ParallelConfig
 
 _EPILOG = """\
 example:
   vlmr1 convert export runs/quickstart runs/quickstart/export --dtype bf16 --max-shard-size 5GB
   vlmr1 convert roundtrip megatron_vlmr1/assets/tiny_vlm /tmp/copy --tp 2 --pp 2
+  vlmr1 convert roundtrip megatron_vlmr1/assets/tiny_vlm /tmp/copy --pp 3 --layers 2,1,1
   vlmr1 convert verify megatron_vlmr1/assets/tiny_vlm /tmp/copy
+  vlmr1 convert plan configs/model/qwen2.5-vl-72b --tp 8 --pp 4
 """
 
 
@@ -32,14 +38,39 @@ def add_parser(subparsers: Any) -> None:
     trip = parts.add_parser("roundtrip", help="load on T x P ranks and save again", epilog=_EPILOG)
     trip.add_argument("source", help="Hugging Face directory")
     trip.add_argument("out", help="new directory")
-    trip.add_argument("--tp", type=int, default=1, metavar="T", help="tensor-parallel size")
-    trip.add_argument("--pp", type=int, default=1, metavar="P", help="pipeline-parallel size")
+    _add_layout(trip)
     trip.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="type in memory (default: fp32)")
     trip.set_defaults(run=_roundtrip)
     verify = parts.add_parser("verify", help="compare two directories tensor by tensor", epilog=_EPILOG)
     verify.add_argument("left", help="Hugging Face directory, checkpoint or run directory")
     verify.add_argument("right", help="the same")
     verify.set_defaults(run=_verify)
+    plan = parts.add_parser("plan", help="which rank of a layout holds what", epilog=_EPILOG)
+    plan.add_argument("source", help="Hugging Face directory; config.json is enough")
+    _add_layout(plan)
+    plan.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="type in memory (default: bf16)")
+    plan.add_argument("--json", action="store_true", help="one line of JSON for each part of a tensor on a rank")
+    plan.set_defaults(run=_plan)
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tp", type=int, default=1, metavar="T", help="tensor-parallel size")
+    parser.add_argument("--pp", type=int, default=1, metavar="P", help="pipeline-parallel size")
+    parser.add_argument("--vp", type=int, default=1, metavar="V", help="chunks of layers on each pipeline stage")
+    parser.add_argument("--layers", metavar="N,N,...", help="layers of each chunk, in order (default: equal shares)")
+
+
+def _layout(args: argparse.Namespace) -> ParallelConfig:
+    from megatron_vlmr1 import config
+
+    values: dict[str, object] = {
+        "tensor_model_parallel_size": args.tp,
+        "pipeline_model_parallel_size": args.pp,
+        "virtual_pipeline_model_parallel_size": args.vp,
+    }
+    if args.layers is not None:
+        values["pipeline_layers"] = args.layers.split(",")
+    return config.parse_parallel(values, "layout")
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -61,25 +92,23 @@ def _roundtrip(args: argparse.Namespace) -> int:
     import tempfile
 
     from megatron_vlmr1.checkpoint.convert import roundtrip
-    from megatron_vlmr1.config import ParallelConfig
     from megatron_vlmr1.launch.local import rank_command, run_ranks
     from megatron_vlmr1.runtime.ranks import identity
 
-    if min(args.tp, args.pp) < 1:
-        raise ValueError("--tp and --pp are at least 1")
-    if identity() is None:
-        if Path(args.out).exists():
-            raise ValueError(f"{args.out}: exists already; name a new directory")
-        words = ["convert", "roundtrip", args.source, args.out, "--tp", str(args.tp), "--pp", str(args.pp)]
-        with tempfile.TemporaryDirectory(prefix="vlmr1-") as logs:
-            command = rank_command([*words, "--precision", args.precision])
-            code = run_ranks(args.tp * args.pp, command, logs)
-        if code == DONE:
-            print(args.out)
-        return code
-    layout = ParallelConfig(tensor_model_parallel_size=args.tp, pipeline_model_parallel_size=args.pp)
-    roundtrip(Path(args.source), Path(args.out), layout, args.precision)
-    return DONE
+    layout = _layout(args)
+    if identity() is not None:
+        roundtrip(Path(args.source), Path(args.out), layout, args.precision)
+        return DONE
+    if Path(args.out).exists():
+        raise ValueError(f"{args.out}: exists already; name a new directory")
+    words = ["convert", "roundtrip", args.source, args.out, "--precision", args.precision]
+    words += ["--tp", str(args.tp), "--pp", str(args.pp), "--vp", str(args.vp)]
+    words += ["--layers", args.layers] if args.layers is not None else []
+    with tempfile.TemporaryDirectory(prefix="vlmr1-") as logs:
+        code = run_ranks(layout.ranks_of_a_copy, rank_command(words), logs)
+    if code == DONE:
+        print(args.out)
+    return code
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -90,3 +119,23 @@ def _verify(args: argparse.Namespace) -> int:
         print(line)
     print(f"{len(found)} differences" if found else "the same tensors, bit for bit")
     return DIFFERS if found else DONE
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megatron_vlmr1.checkpoint.coverage import cover
+    from megatron_vlmr1.models.families import read_shape
+    from megatron_vlmr1.report.coverage import mapping_rows, mapping_table, rank_table
+    from megatron_vlmr1.runtime.device import DTYPES
+
+    shape, layout = read_shape(find_model(args.source)), _layout(args)
+    coverage = cover(shape, layout)
+    if args.json:
+        for row in mapping_rows(coverage):
+            print_json(row)
+        return DONE
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(mapping_table(shape, coverage))
+    console.print(rank_table(layout, coverage, DTYPES[args.precision].itemsize))
+    return DONE

@@ -1,6 +1,6 @@
 """Every setting: `settings` holds them with their meanings and defaults, `files` reads and writes them."""
 
-from megatron_vlmr1.config.files import dump, load, parse, parse_saved
+from megatron_vlmr1.config.files import dump, load, parse, parse_parallel, parse_saved
 from megatron_vlmr1.config.settings import (
     Config,
     DataConfig,
@@ -34,5 +34,6 @@ __all__ = [
     "dump",
     "load",
     "parse",
+    "parse_parallel",
     "parse_saved",
 ]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
-from megatron_vlmr1.config.settings import Config, Section
+from megatron_vlmr1.config.settings import Config, ParallelConfig, Section
+
+_S = TypeVar("_S", bound=Section)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -40,10 +42,23 @@ def parse(raw: dict[str, Any], origin: str) -> Config:
     Raises:
         ValueError: one line with the first few problems.
     """
+    return _validated(Config, raw, origin)
+
+
+def parse_parallel(raw: dict[str, Any], origin: str) -> ParallelConfig:
+    """Validate a section `parallel` alone; as `parse`.
+
+    Raises:
+        ValueError: one line with the first few problems.
+    """
+    return _validated(ParallelConfig, raw, origin)
+
+
+def _validated(kind: type[_S], raw: dict[str, Any], origin: str) -> _S:
     try:
-        return Config.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        problems = [_explain(e["loc"], e["type"], e["msg"]) for e in error.errors()]
+        problems = [_explain(kind, e["loc"], e["type"], e["msg"]) for e in error.errors()]
         raise ValueError(f"{origin}: " + "; ".join(problems[:3])) from error
 
 
@@ -80,12 +95,12 @@ def dump(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
-def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
+def _explain(root: type[Section], loc: tuple[int | str, ...], kind: str, message: str) -> str:
     key = ".".join(str(part) for part in loc)
     if kind != "extra_forbidden":
         message = message.removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
-    section: Any = Config
+    section: Any = root
     for part in loc[:-1]:
         section = section.model_fields[str(part)].annotation
     near = difflib.get_close_matches(str(loc[-1]), section.model_fields, n=1, cutoff=0.5)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch._C._distributed_c10d import FakeProcessGroup
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vlmr1.config import ParallelConfig
 from megatron_vlmr1.runtime import device
@@ -158,6 +161,61 @@ def decoding(training: Mesh, cfg: ParallelConfig) -> Mesh:
         model_group=model_group,
         groups=groups,
     )
+
+
+@contextmanager
+def pretending() -> Iterator[None]:
+    """Let `pretended` meshes be used: megatron-core takes every group for one of size 1 outside a job."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group(dist.Backend.FAKE, rank=0, world_size=1, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def pretended(cfg: ParallelConfig, tp_rank: int, pp_rank: int) -> Mesh:
+    """Return what a rank of one copy of the model would be in a layout, without a job.
+
+    Its groups know their size and this rank's place, so that models can be built for it, and carry no data.
+    """
+    tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
+    rank = pp_rank * tp + tp_rank
+    groups = ProcessGroupCollection()
+    for field in fields(ProcessGroupCollection):
+        setattr(groups, field.name, _silent_group(0, 1))
+    groups.tp, groups.pp, groups.mp = (
+        _silent_group(tp_rank, tp),
+        _silent_group(pp_rank, pp),
+        _silent_group(rank, tp * pp),
+    )
+    groups.embd = groups.pos_embd = None  # of gradients
+    return Mesh(
+        rank=rank,
+        world=tp * pp,
+        tp_rank=tp_rank,
+        tp_size=tp,
+        pp_rank=pp_rank,
+        pp_size=pp,
+        vp_size=cfg.virtual_pipeline_model_parallel_size,
+        dp_rank=0,
+        dp_size=1,
+        sequence_parallel=cfg.sequence_parallel,
+        layout=cfg,
+        tp_group=groups.tp,
+        pp_group=groups.pp,
+        dp_group=groups.dp,
+        model_group=groups.mp,
+        groups=groups,
+    )
+
+
+def _silent_group(rank: int, size: int) -> dist.ProcessGroup:
+    make: Any = FakeProcessGroup  # whose type stubs are behind
+    group: dist.ProcessGroup = make._create_internal(rank, size, make.Options())
+    return group
 
 
 def _copies_of_the_model(mesh: Mesh) -> list[list[int]]:

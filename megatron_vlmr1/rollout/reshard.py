@@ -145,14 +145,14 @@ def transfers(sources: Sequence[Sequence[Part]], targets: Sequence[Sequence[Part
 
 def _parameters(chunks: Sequence[VlmModel]) -> list[torch.nn.Parameter]:
     """Return the parameters themselves: training moves their values into buffers of its own."""
-    return [parameter for chunk in chunks for parameter, _ in parameter_pieces(chunk)]
+    return [part.parameter for chunk in chunks for part in parameter_pieces(chunk)]
 
 
 def _parts(chunks: Sequence[VlmModel]) -> list[Part]:
     """Return what this rank's parameters are made of."""
     out, number = [], 0
     for chunk in chunks:
-        for _, pieces in parameter_pieces(chunk):
+        for _, _, pieces in parameter_pieces(chunk):
             offset = 0
             for piece in pieces[chunk.mesh.tp_rank]:
                 out.append(Part(piece.name, piece.dim, piece.start, piece.stop, number, offset))

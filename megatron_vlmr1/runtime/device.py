@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of `config.precision
 
 _CPU = torch.device("cpu")
 _prepared = False
+_nowhere = False  # whether tensors are made without memory
 
 
 def has_cuda() -> bool:
@@ -29,8 +30,22 @@ def has_cuda() -> bool:
 
 
 def device() -> torch.device:
-    """Return the device of this process: its current GPU, or the CPU."""
+    """Return the device of this process: its current GPU, or the CPU; "meta" within `without_memory`."""
+    if _nowhere:
+        return torch.device("meta")
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Let models be built that have shapes and no memory."""
+    global _nowhere
+    _nowhere = True
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        _nowhere = False
 
 
 def name() -> str | None:

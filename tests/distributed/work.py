@@ -179,7 +179,7 @@ def write_gradients(policy: Policy, source: Path, target: Path) -> None:
         gradient = getattr(parameter, "main_grad", None)
         parameter.data = torch.zeros_like(parameter.data) if gradient is None else gradient.detach().clone()
     for chunk in policy.chunks:
-        for parameter, pieces in parameter_pieces(chunk):
+        for _, parameter, pieces in parameter_pieces(chunk):
             offset = 0
             for piece in pieces[mesh.tp_rank]:
                 window = parameter.data.narrow(piece.dim, offset, piece.stop - piece.start)

@@ -72,10 +72,14 @@ def layout(tp: int = 1, pp: int = 1, vp: int = 1, layers: list[int] | None = Non
         (
             3,
             1,
-            "tensor_model_parallel_size=3 does not divide the model's 4 attention heads; legal here: [1, 2, 4]",
+            "size=3 does not divide the model's 4 attention heads; nearest tensor x pipeline sizes that fit: 4 x 1, 2",
         ),
-        (1, 3, "parallel.pipeline_model_parallel_size=3 does not divide the model's 4 layers"),
-        (8, 1, "does not divide"),
+        (
+            1,
+            3,
+            "say in parallel.pipeline_layers how to cut them; nearest tensor x pipeline sizes that fit: 1 x 4, 1 x 2",
+        ),
+        (8, 1, "attention heads; nearest tensor x pipeline sizes that fit: 4 x 1, 2 x 1, 4 x 2"),
     ],
 )
 def test_a_layout_that_does_not_divide(directory, tp, pp, words):

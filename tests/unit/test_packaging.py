@@ -39,7 +39,9 @@ def test_every_module_and_data_file_is_in_the_wheel(installed):
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     expected = {name for name in listed if name.startswith("megatron_vlmr1/") and (ROOT / name).is_file()}
-    expected |= {f"megatron_vlmr1/{name}" for name in listed if name.startswith("configs/") and name.endswith(".yaml")}
+    expected |= {
+        f"megatron_vlmr1/{name}" for name in listed if name.startswith("configs/") and name.endswith((".json", ".yaml"))
+    }
     expected |= {
         name.replace("launch/", "megatron_vlmr1/launch/scripts/", 1) for name in listed if name.startswith("launch/")
     }

@@ -15,8 +15,8 @@ H100_BYTES = 80e9
 
 
 @pytest.mark.parametrize("size", recipes.SIZES)
-def test_dry_run_and_memory(tmp_path, capfd, size):
-    model = recipes.write_published_config(tmp_path / "model", size)
+def test_dry_run_and_memory(capfd, size):
+    model = recipes.published(size)
     words = ["train", f"configs/recipe/{size}.yaml", "--dry-run", "--nproc", str(RANKS[size]), f"model.path={model}"]
     assert main(words) == 0
     out = capfd.readouterr().out
