@@ -18,9 +18,10 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 # Classes of torch's distributed checkpoint metadata: plain records, whose making runs no code of the file's choice.
 _ALLOWED = {
-    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata"},
-    "torch": {"Size", "bfloat16", "float16", "float32", "int32", "int64", "uint8"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "pathlib": {"PosixPath"},  # megatron-core's own writer names the directory that it wrote
+    "torch": {"Size", "bfloat16", "bool", "float16", "float32", "float64", "int32", "int64", "uint8"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
         "ChunkStorageMetadata",
@@ -31,16 +32,38 @@ _ALLOWED = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
     "torch.serialization": {"_get_layout"},
 }
 
 
 class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module = "pathlib" if module == "pathlib._local" else module  # its name in Python 3.13
         if name not in _ALLOWED.get(module, ()):
             raise ValueError(f"asks for {module}.{name}")
         return super().find_class(module, name)
+
+
+def read_metadata(directory: Path) -> Any:
+    """Read the metadata of a megatron-core checkpoint. Its attributes may be anything: only their classes are known.
+
+    Raises:
+        ValueError: the metadata names a class outside the allow-list, or is no pickle; nothing was built.
+    """
+    path = directory / ".metadata"
+    try:
+        return _Restricted(io.BytesIO(path.read_bytes())).load()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: not found; not a megatron-core checkpoint") from error
+    except Exception as error:  # a hostile or damaged pickle may raise anything
+        raise ValueError(f"{path}: refused before loading: {error}") from error
 
 
 @contextmanager
@@ -50,13 +73,7 @@ def guarded(directory: Path) -> Iterator[None]:
     Raises:
         ValueError: the metadata names a class outside the allow-list, or is no pickle; nothing was built.
     """
-    path = directory / ".metadata"
-    try:
-        _Restricted(io.BytesIO(path.read_bytes())).load()
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: not found; not a megatron-core checkpoint") from error
-    except Exception as error:  # a hostile or damaged pickle may raise anything
-        raise ValueError(f"{path}: refused before loading: {error}") from error
+    read_metadata(directory)
     former = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -21,6 +22,29 @@ _PLAN = ".export.json"
 _SPARE_BYTES = 1 << 26  # of disk space, for everything but weights
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+class Source(Protocol):
+    """Tensors under their published names, read piece by piece."""
+
+    directory: Path
+    """Where they lie."""
+
+    def names(self) -> set[str]:
+        """Return the names of all tensors."""
+        ...
+
+    def entry(self, name: str, dtype: torch.dtype | None = None) -> Entry:
+        """Return a tensor's name, shape and type; `dtype` in place of its own."""
+        ...
+
+    def pieces(self, name: str, nbytes: int) -> Iterator[torch.Tensor]:
+        """Read a tensor in its own type, in pieces of at most so many bytes (or one row) along its first dimension."""
+        ...
+
+    def files(self) -> list[Path]:
+        """Return the files that it is read from."""
+        ...
 
 
 def export(
@@ -47,32 +71,57 @@ def export(
         ValueError: `out` exists, the checkpoint is damaged or not there, or the disk is too small.
         OSError: the disk failed; nothing was published.
     """
-    if out.exists():
-        raise ValueError(f"{out}: exists already; name a new directory")
+    check_new(out)
     source = hf_directory(checkpoint)
     weights = HfWeights(source)
-    weights.check(shape := read_shape(source))
+    weights.check(read_shape(source))
+    return publish(weights, source, out, dtype, max_shard_bytes, more or {}, progress)
+
+
+def publish(
+    weights: Source,
+    side: Path,
+    out: Path,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    more: Mapping[str, bytes],
+    progress: Progress,
+) -> Path:
+    """Make a Hugging Face directory of tensors and of the files beside them, as `export` does.
+
+    Args:
+        weights: all tensors that config.json asks for.
+        side: directory with config.json, tokenizer and whatever else belongs to the model.
+        out: new directory.
+        dtype: of the weights; None keeps each tensor's own.
+        max_shard_bytes: largest shard; a larger tensor has one of its own.
+        more: files by name, in place of those of these names in `side`.
+        progress: told of every piece.
+
+    Raises:
+        ValueError: `out`.partial is somebody else's, or the disk is too small.
+        OSError: the disk failed; nothing was published.
+    """
+    shape = read_shape(side)
     order = [*of(shape).tensor_shapes(shape)]
     order += sorted(weights.names() - set(order))  # a tied model's second copy, where it has one
     shards = _cut([weights.entry(name, dtype) for name in order], max_shard_bytes)
     partial = out.with_name(out.name + ".partial")
-    _begin(partial, _plan(weights, shards))
+    begin(partial, _plan(weights, shards))
     files = [(partial / shard_name(i, len(shards)), shard) for i, shard in enumerate(shards, start=1)]
     todo = [(path, shard) for path, shard in files if not path.exists()]
     total, left = _bytes(shards), _bytes(shard for _, shard in todo)
-    _need_space(partial, left)
+    need_space(partial, left)
     done = total - left
     progress(done, total)
     for path, shard in todo:
         tensorfile.write(path, shard, lambda e: _pieces(weights, e), _after(done, total, progress))
         done += _bytes([shard])
-    _finish(source, partial, {entry.dtype for shard in shards for entry in shard}, more or {})
+    _finish(side, partial, {entry.dtype for shard in shards for entry in shard}, more)
     if len(shards) > 1:
         write_index(partial)
     HfWeights(partial).check(shape)
-    (partial / _PLAN).unlink()
-    store.flush_tree(partial)
-    partial.rename(out)
+    finish(partial, out)
     return out
 
 
@@ -97,15 +146,19 @@ def _bytes(shards: Iterable[Sequence[Entry]]) -> int:
     return sum(entry.nbytes for shard in shards for entry in shard)
 
 
-def _plan(weights: HfWeights, shards: Sequence[Sequence[Entry]]) -> str:
+def _plan(weights: Source, shards: Sequence[Sequence[Entry]]) -> str:
     """What must be the same for an interrupted export to go on."""
     files = [(path.name, info.st_size, info.st_mtime_ns) for path in weights.files() for info in [path.stat()]]
     cut = [[(entry.name, str(entry.dtype)) for entry in shard] for shard in shards]
     return json.dumps({"source": str(weights.directory.resolve()), "files": files, "shards": cut})
 
 
-def _begin(partial: Path, plan: str) -> None:
-    """Make the directory, or go on in one that was made for the same export; another's is thrown away."""
+def begin(partial: Path, plan: str) -> None:
+    """Make the directory, or go on in one that was made for the same export; another's is thrown away.
+
+    Raises:
+        ValueError: there is a directory of that name that no export has begun.
+    """
     path = partial / _PLAN
     if partial.exists() and not path.is_file():
         raise ValueError(f"{partial}: exists and is not an interrupted export; remove it or name another directory")
@@ -116,7 +169,33 @@ def _begin(partial: Path, plan: str) -> None:
         path.write_text(plan, encoding="utf-8")
 
 
-def _need_space(directory: Path, size: int) -> None:
+def finish(partial: Path, out: Path) -> None:
+    """Give a finished directory its name.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    (partial / _PLAN).unlink()
+    store.flush_tree(partial)
+    partial.rename(out)
+
+
+def check_new(out: Path) -> None:
+    """Refuse a directory that exists.
+
+    Raises:
+        ValueError: it does.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: exists already; name a new directory")
+
+
+def need_space(directory: Path, size: int) -> None:
+    """Ask whether so many bytes of weights fit on the disk.
+
+    Raises:
+        ValueError: they don't.
+    """
     free = shutil.disk_usage(directory).free
     if size + _SPARE_BYTES > free:
         raise ValueError(
@@ -124,13 +203,13 @@ def _need_space(directory: Path, size: int) -> None:
         )
 
 
-def _pieces(weights: HfWeights, entry: Entry) -> Iterator[torch.Tensor]:
+def _pieces(weights: Source, entry: Entry) -> Iterator[torch.Tensor]:
     for piece in weights.pieces(entry.name, _PIECE_BYTES):
         yield piece.to(entry.dtype)
 
 
-def _finish(source: Path, partial: Path, dtypes: set[torch.dtype], more: Mapping[str, bytes]) -> None:
-    copy_side_files(source, partial)
+def _finish(side: Path, partial: Path, dtypes: set[torch.dtype], more: Mapping[str, bytes]) -> None:
+    copy_side_files(side, partial)
     if len(dtypes) == 1:
         name_dtype(partial, next(iter(dtypes)))
     for name, content in more.items():

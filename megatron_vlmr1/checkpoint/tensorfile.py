@@ -36,6 +36,14 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
+def row_ranges(entry: Entry, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Cut a tensor's first dimension into ranges of at most so many bytes (or one row)."""
+    rows = entry.shape[0] if entry.shape else 1
+    step = max(1, nbytes * rows // max(1, entry.nbytes))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
 def header(entries: Sequence[Entry]) -> bytes:
     """Return what stands before the data: its own length (8 bytes, little-endian) and JSON, padded to 8 bytes."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}

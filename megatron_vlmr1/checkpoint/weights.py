@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_vlmr1.checkpoint.tensorfile import DTYPES, Entry
+from megatron_vlmr1.checkpoint.tensorfile import DTYPES, Entry, row_ranges
 from megatron_vlmr1.models import families
 from megatron_vlmr1.models.pieces import Piece
 from megatron_vlmr1.models.shape import VlmShape
@@ -78,18 +78,20 @@ class HfWeights:
         return self._files[str(path)].get_tensor(stored)
 
     def pieces(self, name: str, nbytes: int) -> Iterator[torch.Tensor]:
-        """Read one tensor in pieces of at most so many bytes (or one row), cut along its first dimension.
-
-        The file is opened anew for each of them: what is read through a mapping counts as this process's memory until
-        the mapping is gone.
-        """
+        """Read one tensor in pieces of at most so many bytes (or one row), cut along its first dimension."""
         entry = self.entry(name)
+        for start, stop in row_ranges(entry, nbytes):
+            yield self.rows(name, start, stop) if entry.shape else self.tensor(name)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read some rows of a tensor.
+
+        The file is opened anew each time: what is read through a mapping counts as this process's memory until the
+        mapping is gone.
+        """
         path, stored = self._where[name]
-        rows = entry.shape[0] if entry.shape else 1
-        step = max(1, nbytes * rows // max(1, entry.nbytes))
-        for start in range(0, rows, step):
-            with safe_open(path, framework="pt") as file:
-                yield file.get_slice(stored)[start : start + step] if entry.shape else file.get_tensor(stored)
+        with safe_open(path, framework="pt") as file:
+            return file.get_slice(stored)[start:stop]
 
     def entry(self, name: str, dtype: torch.dtype | None = None) -> Entry:
         """Return a tensor's name, shape and type; `dtype` in place of its own."""

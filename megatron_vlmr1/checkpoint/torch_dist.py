@@ -1,0 +1,197 @@
+"""Hugging Face directories to megatron-core's `torch_dist` model checkpoints and back, streamed.
+
+The keys are those that GPTModel has in megatron-core, so that Megatron-LM and Megatron-Bridge find them; the tower
+lies beside it under its published names.
+"""
+
+from __future__ import annotations
+
+import io
+import secrets
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+from megatron_vlmr1.checkpoint import release, torch_dist_files
+from megatron_vlmr1.checkpoint.locate import hf_directory
+from megatron_vlmr1.checkpoint.release import Progress
+from megatron_vlmr1.checkpoint.tensorfile import Entry, row_ranges
+from megatron_vlmr1.checkpoint.torch_dist_files import Chunk
+from megatron_vlmr1.checkpoint.torch_dist_names import LANGUAGE_PREFIX, Part, parts
+from megatron_vlmr1.checkpoint.torch_dist_source import MegatronWeights
+from megatron_vlmr1.checkpoint.weights import HfWeights
+from megatron_vlmr1.checkpoint.writer import MAX_SHARD_BYTES, copy_side_files, name_dtype
+from megatron_vlmr1.models import families
+from megatron_vlmr1.models.shape import VlmShape
+
+_PIECE_BYTES = 1 << 26
+_TRACKER = "latest_checkpointed_iteration.txt"
+_SIDE = "hf"
+_RELEASE = "release"
+
+
+def export_torch_dist(
+    checkpoint: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    progress: Progress = lambda done, total: None,
+    prefix: str = LANGUAGE_PREFIX,
+) -> Path:
+    """Make a Megatron checkpoint of a model: OUT/release, and OUT/hf with the files that lay beside the weights.
+
+    It is made in ``OUT.partial`` and gets its name when every number has been read back. An interrupted one is begun
+    anew. A second copy of the embedding that a tied model's directory may hold is left out.
+
+    Args:
+        checkpoint: a checkpoint, a run directory (its newest), or a Hugging Face directory.
+        out: new directory.
+        dtype: of the weights; None keeps each tensor's own.
+        progress: told of every piece.
+        prefix: of the language model's keys; empty for a plain GPTModel.
+
+    Raises:
+        ValueError: `out` exists, the checkpoint is damaged or not there, or the disk is too small.
+        OSError: the disk failed; nothing was published.
+    """
+    release.check_new(out)
+    source = hf_directory(checkpoint)
+    weights = HfWeights(source)
+    weights.check(shape := families.read_shape(source))
+    found = parts(shape, prefix)
+    entries = _entries(weights, found, shape.text.num_layers, dtype)
+    total = sum(entry.nbytes for entry in entries.values())
+    partial = out.with_name(out.name + ".partial")
+    release.begin(partial, f"torch_dist {secrets.token_hex(8)}")  # like no other's, so that none goes on with it
+    release.need_space(partial, total)
+    (directory := partial / _RELEASE).mkdir()
+    progress(0, total)
+    torch_dist_files.write(
+        directory, entries.values(), _chunks(weights, found, entries), lambda done: progress(done, total)
+    )
+    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+    (directory / "common.pt").write_bytes(_common(shape))
+    (side := partial / _SIDE).mkdir()
+    copy_side_files(source, side)
+    if len(dtypes := {entry.dtype for entry in entries.values()}) == 1:
+        name_dtype(side, next(iter(dtypes)))
+    (partial / _TRACKER).write_text(_RELEASE, encoding="utf-8")
+    release.finish(partial, out)
+    return out
+
+
+def import_torch_dist(
+    source: Path,
+    out: Path,
+    config: Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress = lambda done, total: None,
+) -> Path:
+    """Make a Hugging Face directory of a Megatron checkpoint; an import that was interrupted goes on where it stopped.
+
+    Optimizer state is left out, and so are the rows that pad the vocabulary.
+
+    Args:
+        source: a directory with ``.metadata``, or one whose ``latest_checkpointed_iteration.txt`` names one.
+        out: new directory.
+        config: Hugging Face directory with config.json and tokenizer; None takes ``hf`` in or beside `source`.
+        dtype: of the weights; None keeps each tensor's own.
+        max_shard_bytes: largest shard; a larger tensor has one of its own.
+        progress: told of every piece.
+
+    Raises:
+        ValueError: `out` exists, the checkpoint is damaged, hostile or of another model, or the disk is too small.
+        OSError: the disk failed; nothing was published.
+    """
+    release.check_new(out)
+    directory = torch_dist_directory(source)
+    side = _side_files(directory) if config is None else hf_directory(config, check=False)
+    weights = MegatronWeights(directory, families.read_shape(side))
+    return release.publish(weights, side, out, dtype, max_shard_bytes, {}, progress)
+
+
+def torch_dist_directory(path: Path) -> Path:
+    """Return the `torch_dist` directory in `path`: itself, or the one that its tracker file names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (path / ".metadata").is_file():
+        return path
+    tracker = path / _TRACKER
+    if not tracker.is_file():
+        raise ValueError(f"{path}: no torch_dist checkpoint in it; expected .metadata, or {_TRACKER} beside a folder")
+    word = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if word != _RELEASE and not (word.isascii() and word.isdigit()):
+        raise ValueError(f"{tracker}: says {word[:40]!r}, which is neither a number nor 'release'")
+    return path / (_RELEASE if word == _RELEASE else f"iter_{int(word):07d}")
+
+
+def _side_files(directory: Path) -> Path:
+    for side in (directory / _SIDE, directory.resolve().parent / _SIDE):
+        if (side / "config.json").is_file():
+            return side
+    raise ValueError(f"{directory}: no {_SIDE}/config.json in or beside it; name the model's with --config HF_DIR")
+
+
+def _common(shape: VlmShape) -> bytes:
+    """Return what Megatron-LM asks for beside the tensors: sizes to compare, and what was saved and how."""
+    text = shape.text
+    args = Namespace(
+        num_layers=text.num_layers,
+        hidden_size=text.hidden_size,
+        num_attention_heads=text.num_heads,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        no_save_optim=True,
+        no_save_rng=True,
+    )
+    layers = {"non_homogeneous_layers": False, "singleton_local_shards": False}
+    torch.save(
+        {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": layers}, buffer := io.BytesIO()
+    )
+    return buffer.getvalue()
+
+
+def _entries(weights: HfWeights, found: list[Part], layers: int, dtype: torch.dtype | None) -> dict[str, Entry]:
+    """Return the tensors to write by key, layers stacked."""
+    out: dict[str, Entry] = {}
+    for part in found:
+        size = part.shape if part.layer is None else (layers, *part.shape)
+        for name, _, _ in part.blocks:
+            kind = weights.entry(str(name), dtype).dtype
+            first = out.setdefault(part.key, Entry(part.key, size, kind))
+            if kind != first.dtype:
+                raise ValueError(
+                    f"{weights.directory}: {name} is {kind}, other parts of Megatron's {part.key} are {first.dtype}; "
+                    "name one type with --dtype"
+                )
+    return out
+
+
+def _chunks(
+    weights: HfWeights, found: list[Part], entries: Mapping[str, Entry]
+) -> Iterator[tuple[Chunk, torch.Tensor]]:
+    """Yield all parts in pieces, each read when it is asked for."""
+    for part in found:
+        dtype = entries[part.key].dtype
+        lead = () if part.layer is None else (part.layer,)
+        for start, stop in row_ranges(Entry(part.key, part.shape, dtype), _PIECE_BYTES):
+            values = _part_rows(weights, part, start, stop).to(dtype)
+            yield (
+                Chunk.rows(part.key, lead, start, stop, part.shape[1:]),
+                values.view(*(1 for _ in lead), *values.shape),
+            )
+
+
+def _part_rows(weights: HfWeights, part: Part, start: int, stop: int) -> torch.Tensor:
+    rows, offset = [], 0
+    for name, first, last in part.blocks:
+        low, high = max(start, offset), min(stop, offset + last - first)
+        if low < high:
+            rows.append(weights.rows(str(name), first + low - offset, first + high - offset))
+        offset += last - first
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
