@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-from megatron_vlmr1.checkpoint import release, torch_dist_files
+from megatron_vlmr1.checkpoint import release, torch_dist_write
 from megatron_vlmr1.checkpoint.locate import hf_directory
 from megatron_vlmr1.checkpoint.release import Progress
 from megatron_vlmr1.checkpoint.tensorfile import Entry, row_ranges
 from megatron_vlmr1.checkpoint.torch_dist_files import Chunk
-from megatron_vlmr1.checkpoint.torch_dist_names import LANGUAGE_PREFIX, Part, parts
+from megatron_vlmr1.checkpoint.torch_dist_names import LANGUAGE_PREFIX, Part, extra_states, parts
 from megatron_vlmr1.checkpoint.torch_dist_source import MegatronWeights
 from megatron_vlmr1.checkpoint.weights import HfWeights
 from megatron_vlmr1.checkpoint.writer import MAX_SHARD_BYTES, copy_side_files, name_dtype
@@ -68,8 +68,12 @@ def export_torch_dist(
     release.need_space(partial, total)
     (directory := partial / _RELEASE).mkdir()
     progress(0, total)
-    torch_dist_files.write(
-        directory, entries.values(), _chunks(weights, found, entries), lambda done: progress(done, total)
+    torch_dist_write.write(
+        directory,
+        [*entries.values()],
+        _chunks(weights, found, entries),
+        extra_states(shape, prefix),
+        lambda done: progress(done, total),
     )
     save_config(CheckpointingConfig("torch_dist", 1), str(directory))
     (directory / "common.pt").write_bytes(_common(shape))

@@ -1,38 +1,23 @@
 """The files of a `torch_dist` checkpoint: chunks of tensors, and the metadata that says where each of them lies.
 
-They are those of torch's distributed checkpoint. Its own writer keeps the last chunk of every tensor until the end,
-and its own reader runs the metadata's pickle: here a chunk is written and forgotten, and nothing is unpickled freely.
+They are those of torch's distributed checkpoint, whose own reader runs the metadata's pickle and whole tensors at once;
+here nothing is unpickled freely, and a tensor is read box by box.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import pickle  # noqa: S403 - written only
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_vlmr1.checkpoint.pickles import read_metadata
-from megatron_vlmr1.checkpoint.tensorfile import Entry
 
-_FILE = "__0_0.distcp"
 _KEPT_BYTES = 1 << 29  # of chunks that further pieces will need
 _LARGEST = 1 << 48  # length of an axis, offset in a file: more is damage
 
@@ -85,91 +70,6 @@ class Stored:
     size: Index
     dtype: torch.dtype
     chunks: list[tuple[Chunk, Place]]
-
-
-def digest(tensor: torch.Tensor) -> bytes:
-    """Return the sha256 of a tensor's numbers."""
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).digest()
-
-
-def write(
-    directory: Path,
-    entries: Iterable[Entry],
-    chunks: Iterable[tuple[Chunk, torch.Tensor]],
-    progress: Callable[[int], None],
-) -> None:
-    """Write chunks as they come and the metadata, then read all of it back from the disk.
-
-    Args:
-        directory: an empty one.
-        entries: the tensors.
-        chunks: each one's values, cut in any way.
-        progress: told again and again how many bytes of numbers have been written.
-
-    Raises:
-        OSError: the disk failed, or gave back other numbers.
-    """
-    boxes: dict[str, list[Chunk]] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
-    meant: dict[Chunk, bytes] = {}
-    done = 0
-    with (directory / _FILE).open("wb") as file:
-        for chunk, values in chunks:
-            assert tuple(values.shape) == chunk.size
-            offset = file.tell()
-            _append(values, file)
-            of_key = boxes.setdefault(chunk.key, [])
-            index = MetadataIndex(chunk.key, chunk.start, len(of_key))
-            places[index] = _StorageInfo(_FILE, offset, file.tell() - offset)
-            of_key.append(chunk)
-            meant[chunk] = digest(values)
-            progress(done := done + values.nbytes)
-        _flush(file)
-    with (directory / ".metadata").open("wb") as file:
-        pickle.dump(_metadata(entries, boxes, places), file)
-        _flush(file)
-    _check(directory, meant)
-
-
-def _append(values: torch.Tensor, file: Any) -> None:
-    if values.untyped_storage().nbytes() != values.nbytes:
-        values = values.clone()  # a view would be saved with all that it is a view of
-    try:
-        torch.save(values, file)
-    except RuntimeError as error:  # what a full disk becomes in torch's writer
-        raise OSError(f"{file.name}: cannot be written: {' '.join(str(error).split())[:300]}") from error
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _metadata(
-    entries: Iterable[Entry], boxes: Mapping[str, list[Chunk]], places: dict[MetadataIndex, _StorageInfo]
-) -> Metadata:
-    tensors: dict[str, Any] = {}
-    for entry in entries:
-        parts = [ChunkStorageMetadata(torch.Size(c.start), torch.Size(c.size)) for c in boxes[entry.name]]
-        tensors[entry.name] = TensorStorageMetadata(TensorProperties(entry.dtype), torch.Size(entry.shape), parts)
-    meta = StorageMeta(checkpoint_id="", save_id="")
-    return Metadata(tensors, storage_data=places, storage_meta=meta, version=CURRENT_DCP_VERSION)
-
-
-def _check(directory: Path, meant: Mapping[Chunk, bytes]) -> None:
-    try:
-        reader = Reader(directory)
-        for path in reader.files():
-            with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
-        found = [(chunk, place, stored) for stored in reader.tensors.values() for chunk, place in stored.chunks]
-        same = {chunk for chunk, _, _ in found} == meant.keys() and all(
-            digest(load(chunk, place, stored.dtype)) == meant[chunk] for chunk, place, stored in found
-        )
-    except ValueError as error:
-        raise OSError(f"{directory}: the disk gave back other bytes than were written: {error}") from error
-    if not same:
-        raise OSError(f"{directory}: the disk gave back other bytes than were written")
 
 
 def load(chunk: Chunk, place: Place, dtype: torch.dtype) -> torch.Tensor:

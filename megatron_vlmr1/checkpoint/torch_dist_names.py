@@ -25,6 +25,14 @@ _FUSED = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
+# What may have an extra state: megatron-core does not load a checkpoint without those that its modules have.
+_STATES_OF_A_LAYER = (
+    "self_attention.linear_qkv",
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
 EMBEDDING = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
 _FC1 = "mlp.linear_fc1.weight"
@@ -93,6 +101,16 @@ def parts(shape: VlmShape, prefix: str = LANGUAGE_PREFIX) -> list[Part]:
     assert {name for name, _, _ in held} == sizes.keys()
     assert sum(stop - start for _, start, stop in held) == sum(size[0] for size in sizes.values())
     return out
+
+
+def extra_states(shape: VlmShape, prefix: str = LANGUAGE_PREFIX) -> list[str]:
+    """Return the keys of all extra states that the language model's modules may have; those of FP8 hold something."""
+    layers = shape.text.num_layers
+    return [f"{prefix}decoder.final_layernorm._extra_state/shard_0_1"] + [
+        f"{prefix}{_LAYERS}{module}._extra_state/shard_{layer}_{layers}"
+        for module in _STATES_OF_A_LAYER
+        for layer in range(layers)
+    ]
 
 
 def _rows(piece: Piece, sizes: dict[str, tuple[int, ...]]) -> Block:

@@ -52,8 +52,9 @@ def everything(root: Path) -> None:
 def laid_out(layout: ParallelConfig) -> Iterator[Mesh]:
     """Lay the joined ranks out, and forget the groups afterwards."""
     try:
+        mesh = meshes.build(layout)
         seeds.seed_everything(0)
-        yield meshes.build(layout)
+        yield mesh
     finally:
         meshes.destroy()
 
@@ -68,8 +69,9 @@ def loaded_by_megatron(chunk: VlmModel, directory: Path) -> list[str]:
     found = dist_checkpointing.load(state, str(directory))
     words = {name.removeprefix(PREFIX): value for name, value in found["model"].items()}
     chunk.language.load_state_dict(words, strict=True)
-    assert chunk.vision is None or len(found["tower"]) > 50
-    for name, value in found["tower"].items():
+    pictures = found.get("tower", {})
+    assert chunk.vision is None or len(pictures) > 50
+    for name, value in pictures.items():
         chunk.vision.get_parameter(name).data.copy_(value)  # type: ignore[union-attr]
     return [name for name, parameter in chunk.named_parameters() if not torch.equal(parameter, own[name])]
 
