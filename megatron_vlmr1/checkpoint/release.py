@@ -117,7 +117,7 @@ def publish(
     for path, shard in todo:
         tensorfile.write(path, shard, lambda e: _pieces(weights, e), _after(done, total, progress))
         done += _bytes([shard])
-    _finish(side, partial, {entry.dtype for shard in shards for entry in shard}, more)
+    _add_side_files(side, partial, {entry.dtype for shard in shards for entry in shard}, more)
     if len(shards) > 1:
         write_index(partial)
     HfWeights(partial).check(shape)
@@ -208,7 +208,7 @@ def _pieces(weights: Source, entry: Entry) -> Iterator[torch.Tensor]:
         yield piece.to(entry.dtype)
 
 
-def _finish(side: Path, partial: Path, dtypes: set[torch.dtype], more: Mapping[str, bytes]) -> None:
+def _add_side_files(side: Path, partial: Path, dtypes: set[torch.dtype], more: Mapping[str, bytes]) -> None:
     copy_side_files(side, partial)
     if len(dtypes) == 1:
         name_dtype(partial, next(iter(dtypes)))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlmr1.checkpoint.pickles import guarded
+from megatron_vlmr1.checkpoint.pickles import guarded, read_metadata
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -73,6 +73,12 @@ def test_hand_made_opcodes(tmp_path, monkeypatch, words):
     with pytest.raises(ValueError, match="asks for"), guarded(tmp_path):
         pytest.fail("the block was entered")
     assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("module", [b"pathlib", b"pathlib._local"])
+def test_paths_are_plain_wherever_python_keeps_them(tmp_path, module):
+    (tmp_path / ".metadata").write_bytes(b"c" + module + b"\nPosixPath\n(S'/somewhere'\ntR.")
+    assert read_metadata(tmp_path) == Path("/somewhere")
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x04\x95", b"\xff" * 64, pickle.dumps([1])[:-2]])

@@ -1,9 +1,8 @@
-"""Hugging Face directories to megatron-core's checkpoints and back; hostile and damaged ones refused in one line."""
+"""Hugging Face directories to megatron-core's checkpoints and back, and what goes wrong on the way."""
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_vlmr1.checkpoint import release, tensorfile, torch_dist, torch_dist_files, torch_dist_write
 from megatron_vlmr1.checkpoint.convert import differences
@@ -57,19 +56,8 @@ def exported(sources) -> Path:
     return export_torch_dist(sources / "untied", sources / "untied_megatron")
 
 
-@pytest.fixture
-def damaged(exported, tmp_path) -> Path:
-    return Path(shutil.copytree(exported, tmp_path / "damaged"))
-
-
 def metadata(directory: Path) -> Metadata:
     return pickle.loads((directory / ".metadata").read_bytes())
-
-
-def rewrite(directory: Path, change: Callable[[Metadata], object]) -> None:
-    found = metadata(directory)
-    change(found)
-    (directory / ".metadata").write_bytes(pickle.dumps(found))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -269,124 +257,6 @@ def test_unknown_names_are_refused(exported, sources, tmp_path):
         config = (wider / "config.json").read_text().replace('"vocab_size": 512', '"vocab_size": 520')
         (wider / "config.json").write_text(config)
         import_torch_dist(exported, tmp_path / "back", wider)
-    assert not list(tmp_path.glob("back*"))
-
-
-class Hostile:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.mark}",)
-
-
-@pytest.mark.parametrize("where", ["whole", "size", "info"])
-def test_a_hostile_metadata_pickle_runs_nothing(damaged, tmp_path, where):
-    mark = tmp_path / "mark"
-
-    def change(found: Metadata) -> None:
-        if where == "size":
-            found.state_dict_metadata[EMBEDDING].size = Hostile(mark)
-        else:
-            found.storage_data[MetadataIndex(EMBEDDING, (0, 0))].relative_path = Hostile(mark)
-
-    if where == "whole":
-        (damaged / "release" / ".metadata").write_bytes(pickle.dumps(Hostile(mark)))
-    else:
-        rewrite(damaged / "release", change)
-    with pytest.raises(ValueError, match="refused before loading: asks for posix.system") as caught:
-        import_torch_dist(damaged, tmp_path / "back")
-    assert "\n" not in str(caught.value) and not mark.exists() and not list(tmp_path.glob("back*"))
-
-
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", 7, None])
-def test_files_outside_are_never_opened(damaged, tmp_path, name):
-    shutil.copy(damaged / "release" / "__0_0.distcp", damaged / "x")
-    rewrite(
-        damaged / "release", lambda m: vars(m.storage_data[MetadataIndex(EMBEDDING, (0, 0))]).update(relative_path=name)
-    )
-    with pytest.raises(ValueError, match="which is not a file of this directory|damaged: AttributeError"):
-        import_torch_dist(damaged, tmp_path / "back")
-    assert not list(tmp_path.glob("back*"))
-
-
-def test_a_hostile_chunk_runs_nothing(damaged, tmp_path):
-    mark, file = tmp_path / "mark", damaged / "release" / "__0_0.distcp"
-    offset = file.stat().st_size
-    with file.open("ab") as out:
-        torch.save(Hostile(mark), out)
-        length = out.tell() - offset
-    rewrite(
-        damaged / "release",
-        lambda m: vars(m.storage_data[MetadataIndex(EMBEDDING, (0, 0))]).update(offset=offset, length=length),
-    )
-    with pytest.raises(ValueError, match=r"__0_0.distcp: language_model.embedding.* cannot be read: ") as caught:
-        import_torch_dist(damaged, tmp_path / "back")
-    assert "\n" not in str(caught.value) and not mark.exists() and not (tmp_path / "back").exists()
-
-
-def chunk_of(found: Metadata, key: str, **new: Any) -> None:
-    vars(found.state_dict_metadata[key].chunks[0]).update(new)
-
-
-DAMAGE: dict[str, tuple[Callable[[Metadata], object], str]] = {
-    "compressed": (
-        lambda m: vars(m.storage_data[MetadataIndex(EMBEDDING, (0, 0))]).update(transform_descriptors=["zstd"]),
-        "is compressed, which is not supported",
-    ),
-    "hole": (lambda m: m.state_dict_metadata[QKV].chunks.pop(), "are not the whole of it"),
-    "twice": (
-        lambda m: m.state_dict_metadata[QKV].chunks.__setitem__(0, m.state_dict_metadata[QKV].chunks[1]),
-        "leave a hole at|overlap at",
-    ),
-    "outside": (lambda m: chunk_of(m, EMBEDDING, offsets=torch.Size([1, 0])), "lies outside"),
-    "negative": (lambda m: chunk_of(m, EMBEDDING, offsets=(-1, 0)), "whole number"),
-    "huge": (lambda m: chunk_of(m, EMBEDDING, sizes=(1 << 80, 64)), "whole number"),
-    "axes": (lambda m: chunk_of(m, EMBEDDING, sizes=(512,)), "another number of axes"),
-    "no place": (lambda m: m.storage_data.clear(), "damaged: KeyError"),
-    "no tensors": (lambda m: setattr(m, "state_dict_metadata", 3), "damaged: AttributeError"),
-    "type": (lambda m: setattr(m.state_dict_metadata[EMBEDDING].properties, "dtype", "x"), "the type of"),
-    "other type": (
-        lambda m: setattr(m.state_dict_metadata[EMBEDDING].properties, "dtype", torch.bfloat16),
-        "but the metadata says",
-    ),
-    "integers": (
-        lambda m: setattr(m.state_dict_metadata[EMBEDDING].properties, "dtype", torch.int32),
-        "is of type torch.int32; known: ",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_metadata(damaged, tmp_path, kind):
-    change, words = DAMAGE[kind]
-    rewrite(damaged / "release", change)
-    with pytest.raises(ValueError, match=words) as caught:
-        import_torch_dist(damaged, tmp_path / "back")
-    assert "\n" not in str(caught.value) and str(damaged / "release") in str(caught.value)
-    assert not (tmp_path / "back").exists()
-
-
-def test_missing_and_truncated_files(damaged, exported, tmp_path):
-    inner = damaged / "release"
-    file = inner / "__0_0.distcp"
-    os.truncate(file, file.stat().st_size - 1000)
-    with pytest.raises(ValueError, match=r"__0_0.distcp: truncated: \d+ bytes of at least \d+$"):
-        import_torch_dist(damaged, tmp_path / "back")
-    file.unlink()
-    with pytest.raises(ValueError, match=r"__0_0.distcp: not found, but .*\.metadata names it"):
-        import_torch_dist(damaged, tmp_path / "back")
-    (inner / ".metadata").unlink()
-    with pytest.raises(ValueError, match=r"\.metadata: not found; not a megatron-core checkpoint"):
-        import_torch_dist(damaged, tmp_path / "back")
-    with pytest.raises(ValueError, match="no torch_dist checkpoint in it; expected .metadata, or latest_"):
-        import_torch_dist(inner, tmp_path / "back")
-    (damaged / "latest_checkpointed_iteration.txt").write_text("../elsewhere")
-    with pytest.raises(ValueError, match=r"says '\.\./elsewhere', which is neither a number nor 'release'"):
-        import_torch_dist(damaged, tmp_path / "back")
-    shutil.rmtree(Path(moved := shutil.copytree(exported, tmp_path / "moved")) / "hf")
-    with pytest.raises(ValueError, match=r"no hf/config.json in or beside it; name the model's with --config HF_DIR"):
-        import_torch_dist(Path(moved), tmp_path / "back")
     assert not list(tmp_path.glob("back*"))
 
 
