@@ -29,7 +29,7 @@ from megatron_vlmr1.models.shape import VlmShape
 
 _PIECE_BYTES = 1 << 26
 _TRACKER = "latest_checkpointed_iteration.txt"
-_SIDE = "hf"
+_SIDE = "huggingface"
 _RELEASE = "release"
 
 
@@ -40,7 +40,7 @@ def export_torch_dist(
     progress: Progress = lambda done, total: None,
     prefix: str = LANGUAGE_PREFIX,
 ) -> Path:
-    """Make a Megatron checkpoint of a model: OUT/release, and OUT/hf with the files that lay beside the weights.
+    """Make a Megatron checkpoint of a model: OUT/release, and OUT/huggingface with the files that lay beside the weights.
 
     It is made in ``OUT.partial`` and gets its name when every number has been read back. An interrupted one is begun
     anew. A second copy of the embedding that a tied model's directory may hold is left out.
@@ -101,7 +101,7 @@ def import_torch_dist(
     Args:
         source: a directory with ``.metadata``, or one whose ``latest_checkpointed_iteration.txt`` names one.
         out: new directory.
-        config: Hugging Face directory with config.json and tokenizer; None takes ``hf`` in or beside `source`.
+        config: Hugging Face directory with config.json and tokenizer; None takes ``huggingface`` in or beside `source`.
         dtype: of the weights; None keeps each tensor's own.
         max_shard_bytes: largest shard; a larger tensor has one of its own.
         progress: told of every piece.

@@ -66,7 +66,11 @@ def test_there_and_back_bit_for_bit(sources, tmp_path, kind):
     middle = export_torch_dist(sources / kind, tmp_path / "m", progress=lambda *done: told.append(done))
     size = sum(t.nbytes for t in load_file(sources / kind / "model.safetensors").values())
     assert told == sorted(told) and told[0] == (0, size) and told[-1] == (size, size)
-    assert sorted(path.name for path in middle.iterdir()) == ["hf", "latest_checkpointed_iteration.txt", "release"]
+    assert sorted(path.name for path in middle.iterdir()) == [
+        "huggingface",
+        "latest_checkpointed_iteration.txt",
+        "release",
+    ]
     assert (middle / "latest_checkpointed_iteration.txt").read_text() == "release"
     names = {path.name for path in (middle / "release").iterdir()}
     assert names == {".metadata", "__0_0.distcp", "common.pt", "metadata.json"}
@@ -139,7 +143,7 @@ def test_recast_both_ways(sources, tmp_path):
     for name in weights.names():
         rounded = weights.tensor(name).bfloat16()
         assert torch.equal(first.tensor(name), rounded) and torch.equal(second.tensor(name), rounded.float())
-    words = [json.loads((path / "config.json").read_text())["dtype"] for path in (middle / "hf", back, again)]
+    words = [json.loads((path / "config.json").read_text())["dtype"] for path in (middle / "huggingface", back, again)]
     assert words == ["bfloat16", "bfloat16", "float32"]
 
 
@@ -253,7 +257,7 @@ def test_unknown_names_are_refused(exported, sources, tmp_path):
     with pytest.raises(ValueError, match=r"has unexpected tensor language_model\.output_layer"):
         import_torch_dist(exported, tmp_path / "back", sources / "tied")
     with pytest.raises(ValueError, match=r"\[512, 64\], but config.json asks for \[520, 64\]"):
-        wider = Path(shutil.copytree(exported / "hf", tmp_path / "wider"))
+        wider = Path(shutil.copytree(exported / "huggingface", tmp_path / "wider"))
         config = (wider / "config.json").read_text().replace('"vocab_size": 512', '"vocab_size": 520')
         (wider / "config.json").write_text(config)
         import_torch_dist(exported, tmp_path / "back", wider)

@@ -76,8 +76,9 @@ def read_shape(directory: Path) -> VlmShape:
 
 
 def aliases(directory: Path) -> tuple[tuple[str, str], ...]:
-    """Return the `ALIASES` of a Hugging Face directory's family; none where the family is not known."""
-    family = _config(directory / "config.json").get("model_type")
+    """Return the `ALIASES` of a Hugging Face directory's family; none where no config.json names a known one."""
+    path = directory / "config.json"
+    family = _config(path).get("model_type") if path.is_file() else None
     return _module(family).ALIASES if family in known() else ()
 
 
