@@ -38,6 +38,8 @@ def hf_directory(path: str | Path, check: bool = True) -> Path:
                 raise ValueError(f"{candidate}: damaged checkpoint: {problems[0]}")
             return (candidate / "hf").resolve()
     what = "no model in it" if root.is_dir() else "no such directory"
+    if (root / ".metadata").is_file() or (root / "latest_checkpointed_iteration.txt").is_file():
+        what = f"a Megatron checkpoint, of which `vlmr1 convert import {root} OUT` makes a Hugging Face directory"
     raise ValueError(f"{root}: {what}; expected a Hugging Face directory, a checkpoint step_N or a run directory")
 
 

@@ -11,11 +11,15 @@ from megatron_vlmr1.cli.common import byte_progress, byte_size, find_model, prin
 from megatron_vlmr1.errors import DIFFERS, DONE
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_vlmr1.config import ParallelConfig
 
 _EPILOG = """\
 example:
   vlmr1 convert export runs/quickstart runs/quickstart/export --dtype bf16 --max-shard-size 5GB
+  vlmr1 convert export runs/quickstart /tmp/megatron --format torch_dist
+  vlmr1 convert import /tmp/megatron /tmp/back
   vlmr1 convert roundtrip megatron_vlmr1/assets/tiny_vlm /tmp/copy --tp 2 --pp 2
   vlmr1 convert roundtrip megatron_vlmr1/assets/tiny_vlm /tmp/copy --pp 3 --layers 2,1,1
   vlmr1 convert verify megatron_vlmr1/assets/tiny_vlm /tmp/copy
@@ -28,13 +32,18 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("convert", help="to and from Hugging Face directories", epilog=_EPILOG)
     parts = parser.add_subparsers(title="what", metavar="WHAT", required=True)
     export = parts.add_parser("export", help="make a Hugging Face directory of a checkpoint", epilog=_EPILOG)
-    export.add_argument("checkpoint", help="checkpoint step_N, or a run directory (its newest)")
-    export.add_argument("out", help="new directory")
-    export.add_argument("--dtype", choices=("fp32", "bf16"), help="type of the weights (default: as they are)")
+    export.add_argument("checkpoint", help="checkpoint step_N, run directory (its newest) or Hugging Face directory")
+    _add_output(export)
     export.add_argument(
-        "--max-shard-size", type=byte_size, default="5GB", metavar="SIZE", help="of one file (default: 5GB)"
+        "--format", choices=("hf", "torch_dist"), default="hf", help="torch_dist: megatron-core's (default: hf)"
     )
+    export.add_argument("--prefix", help="torch_dist: what precedes GPTModel's names (default: language_model.)")
     export.set_defaults(run=_export)
+    back = parts.add_parser("import", help="make a Hugging Face directory of a torch_dist checkpoint", epilog=_EPILOG)
+    back.add_argument("checkpoint", help="directory with .metadata, or with latest_checkpointed_iteration.txt")
+    _add_output(back)
+    back.add_argument("--config", metavar="HF_DIR", help="config.json, tokenizer (default: huggingface/ beside it)")
+    back.set_defaults(run=_import)
     trip = parts.add_parser("roundtrip", help="load on T x P ranks and save again", epilog=_EPILOG)
     trip.add_argument("source", help="Hugging Face directory")
     trip.add_argument("out", help="new directory")
@@ -51,6 +60,14 @@ def add_parser(subparsers: Any) -> None:
     plan.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="type in memory (default: bf16)")
     plan.add_argument("--json", action="store_true", help="one line of JSON for each part of a tensor on a rank")
     plan.set_defaults(run=_plan)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", help="new directory")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="type of the weights (default: as they are)")
+    parser.add_argument(
+        "--max-shard-size", type=byte_size, metavar="SIZE", help="of one safetensors file (default: 5GB)"
+    )
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
@@ -76,16 +93,54 @@ def _layout(args: argparse.Namespace) -> ParallelConfig:
 def _export(args: argparse.Namespace) -> int:
     from megatron_vlmr1.checkpoint.release import export
     from megatron_vlmr1.report.card import model_card, run_of
-    from megatron_vlmr1.runtime.device import DTYPES
 
+    if args.format == "torch_dist":
+        return _export_torch_dist(args)
+    if args.prefix is not None:
+        raise ValueError("--prefix is for --format torch_dist")
     checkpoint, out = Path(args.checkpoint), Path(args.out)
-    dtype = DTYPES[args.dtype] if args.dtype else None
     run = run_of(checkpoint)
     card = model_card(run, out.name) if run else {}
     with byte_progress("export") as progress:
-        export(checkpoint, out, dtype, args.max_shard_size, card, progress)
+        export(checkpoint, out, _dtype(args), _shard_bytes(args), card, progress)
     print(out)
     return DONE
+
+
+def _export_torch_dist(args: argparse.Namespace) -> int:
+    from megatron_vlmr1.checkpoint.torch_dist import export_torch_dist
+    from megatron_vlmr1.checkpoint.torch_dist_names import LANGUAGE_PREFIX
+
+    if args.max_shard_size is not None:
+        raise ValueError("--max-shard-size is for safetensors: --format torch_dist writes one file")
+    prefix = LANGUAGE_PREFIX if args.prefix is None else args.prefix
+    with byte_progress("export") as progress:
+        print(export_torch_dist(Path(args.checkpoint), Path(args.out), _dtype(args), progress, prefix))
+    return DONE
+
+
+def _import(args: argparse.Namespace) -> int:
+    from megatron_vlmr1.checkpoint.torch_dist import import_torch_dist
+
+    config = Path(args.config) if args.config else None
+    with byte_progress("import") as progress:
+        out = import_torch_dist(
+            Path(args.checkpoint), Path(args.out), config, _dtype(args), _shard_bytes(args), progress
+        )
+    print(out)
+    return DONE
+
+
+def _dtype(args: argparse.Namespace) -> torch.dtype | None:
+    from megatron_vlmr1.runtime.device import DTYPES
+
+    return DTYPES[args.dtype] if args.dtype else None
+
+
+def _shard_bytes(args: argparse.Namespace) -> int:
+    from megatron_vlmr1.checkpoint.writer import MAX_SHARD_BYTES
+
+    return MAX_SHARD_BYTES if args.max_shard_size is None else int(args.max_shard_size)
 
 
 def _roundtrip(args: argparse.Namespace) -> int:

@@ -1,0 +1,66 @@
+"""`vlmr1 convert` to and from torch_dist through the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vlmr1.checkpoint.weights import HfWeights
+from megatron_vlmr1.cli.main import main
+from tests.checkpoints import write_random_checkpoint
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("cli") / "model", num_hidden_layers=3, vocab_size=501)
+
+
+@pytest.fixture(scope="module")
+def megatron(source) -> Path:
+    assert main(["convert", "export", str(source), str(out := source.parent / "meg"), "--format", "torch_dist"]) == 0
+    return out
+
+
+def convert(capfd: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    code = main(["convert", *map(str, words)])
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def test_there_and_back(capfd, source, megatron, tmp_path):
+    back = tmp_path / "back"
+    code, out, err = convert(capfd, "import", megatron, back)
+    assert (code, out) == (0, f"{back}\n") and err.startswith("import ") and err.endswith(" left\n")
+    assert convert(capfd, "verify", source, back) == (0, "the same tensors, bit for bit\n", "")
+
+
+def test_other_names_another_type_and_small_shards(capfd, source, tmp_path):
+    plain, back = tmp_path / "plain", tmp_path / "back"
+    words = ("--format", "torch_dist", "--prefix", "", "--dtype", "bf16")
+    assert convert(capfd, "export", source, plain, *words)[:2] == (0, f"{plain}\n")
+    words = ("--config", source, "--max-shard-size", "100KB", "--dtype", "fp32")
+    assert convert(capfd, "import", plain / "release", back, *words)[0] == 0
+    assert len(list(back.glob("model-*-of-*.safetensors"))) > 3
+    name = "model.layers.2.mlp.down_proj.weight"
+    before, after = HfWeights(source).tensor(name), HfWeights(back).tensor(name)
+    assert torch.equal(before.bfloat16().float(), after)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("export {source} {out} --prefix x", "--prefix is for --format torch_dist"),
+        ("export {source} {out} --format torch_dist --max-shard-size 1MB", "--max-shard-size is for safetensors"),
+        ("export {megatron} {out}", "a Megatron checkpoint, of which `vlmr1 convert import"),
+        ("verify {megatron} {source}", "a Megatron checkpoint, of which `vlmr1 convert import"),
+        ("import {source} {out}", "no torch_dist checkpoint in it"),
+        ("import {megatron} {source}", "exists already; name a new directory"),
+    ],
+)
+def test_one_line(capfd, source, megatron, tmp_path, words, line):
+    filled = words.format(source=source, megatron=megatron, out=tmp_path / "out").split()
+    code, out, err = convert(capfd, *filled)
+    assert (code, out) == (2, "") and line in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
