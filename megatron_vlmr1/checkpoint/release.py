@@ -16,6 +16,7 @@ from megatron_vlmr1.checkpoint.tensorfile import Entry
 from megatron_vlmr1.checkpoint.weights import HfWeights
 from megatron_vlmr1.checkpoint.writer import MAX_SHARD_BYTES, copy_side_files, name_dtype, shard_name, write_index
 from megatron_vlmr1.models.families import of, read_shape
+from megatron_vlmr1.runtime import distributed
 
 _PIECE_BYTES = 1 << 26
 _PLAN = ".export.json"
@@ -72,7 +73,7 @@ def export(
         OSError: the disk failed; nothing was published.
     """
     check_new(out)
-    source = hf_directory(checkpoint)
+    source = hf_directory(checkpoint, check=distributed.place()[0] == 0)
     weights = HfWeights(source)
     weights.check(read_shape(source))
     return publish(weights, source, out, dtype, max_shard_bytes, more or {}, progress)
@@ -89,6 +90,8 @@ def publish(
 ) -> Path:
     """Make a Hugging Face directory of tensors and of the files beside them, as `export` does.
 
+    In a job all ranks call it, each writes its share of the shards, and rank 0 does the rest.
+
     Args:
         weights: all tensors that config.json asks for.
         side: directory with config.json, tokenizer and whatever else belongs to the model.
@@ -96,7 +99,7 @@ def publish(
         dtype: of the weights; None keeps each tensor's own.
         max_shard_bytes: largest shard; a larger tensor has one of its own.
         more: files by name, in place of those of these names in `side`.
-        progress: told of every piece.
+        progress: told of every piece of this rank's share.
 
     Raises:
         ValueError: `out`.partial is somebody else's, or the disk is too small.
@@ -107,22 +110,36 @@ def publish(
     order += sorted(weights.names() - set(order))  # a tied model's second copy, where it has one
     shards = _cut([weights.entry(name, dtype) for name in order], max_shard_bytes)
     partial = out.with_name(out.name + ".partial")
-    begin(partial, _plan(weights, shards))
     files = [(partial / shard_name(i, len(shards)), shard) for i, shard in enumerate(shards, start=1)]
-    todo = [(path, shard) for path, shard in files if not path.exists()]
-    total, left = _bytes(shards), _bytes(shard for _, shard in todo)
-    need_space(partial, left)
-    done = total - left
-    progress(done, total)
-    for path, shard in todo:
-        tensorfile.write(path, shard, lambda e: _pieces(weights, e), _after(done, total, progress))
-        done += _bytes([shard])
-    _add_side_files(side, partial, {entry.dtype for shard in shards for entry in shard}, more)
-    if len(shards) > 1:
-        write_index(partial)
-    HfWeights(partial).check(shape)
-    finish(partial, out)
+    rank, world = distributed.place()
+    distributed.together(lambda: begin(partial, _plan(weights, shards)), only_first=True, kind=ValueError)
+    distributed.together(lambda: need_space(partial, _bytes(_missing(files))), kind=ValueError)
+    distributed.together(lambda: _write_shards(weights, files[rank::world], progress))
+
+    def complete() -> None:
+        _add_side_files(side, partial, {entry.dtype for shard in shards for entry in shard}, more)
+        if len(shards) > 1:
+            write_index(partial)
+        HfWeights(partial).check(shape)
+        finish(partial, out)
+
+    distributed.together(complete, only_first=True)
     return out
+
+
+def _missing(files: Sequence[tuple[Path, list[Entry]]]) -> list[list[Entry]]:
+    return [shard for path, shard in files if not path.exists()]
+
+
+def _write_shards(weights: Source, files: Sequence[tuple[Path, list[Entry]]], progress: Progress) -> None:
+    """Write those shards that are not there yet."""
+    total = _bytes(shard for _, shard in files)
+    done = total - _bytes(_missing(files))
+    progress(done, total)
+    for path, shard in files:
+        if not path.exists():
+            tensorfile.write(path, shard, lambda e: _pieces(weights, e), _after(done, total, progress))
+            done += _bytes([shard])
 
 
 def _cut(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_vlmr1.config import ParallelConfig
+
+_LONG_S = 10**6  # one rank may write for hours while another waits
 
 _EPILOG = """\
 example:
@@ -38,12 +41,12 @@ def add_parser(subparsers: Any) -> None:
         "--format", choices=("hf", "torch_dist"), default="hf", help="torch_dist: megatron-core's (default: hf)"
     )
     export.add_argument("--prefix", help="torch_dist: what precedes GPTModel's names (default: language_model.)")
-    export.set_defaults(run=_export)
+    export.set_defaults(run=_shared_out(_export))
     back = parts.add_parser("import", help="make a Hugging Face directory of a torch_dist checkpoint", epilog=_EPILOG)
     back.add_argument("checkpoint", help="directory with .metadata, or with latest_checkpointed_iteration.txt")
     _add_output(back)
     back.add_argument("--config", metavar="HF_DIR", help="config.json, tokenizer (default: huggingface/ beside it)")
-    back.set_defaults(run=_import)
+    back.set_defaults(run=_shared_out(_import))
     trip = parts.add_parser("roundtrip", help="load on T x P ranks and save again", epilog=_EPILOG)
     trip.add_argument("source", help="Hugging Face directory")
     trip.add_argument("out", help="new directory")
@@ -65,9 +68,8 @@ def add_parser(subparsers: Any) -> None:
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", help="new directory")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="type of the weights (default: as they are)")
-    parser.add_argument(
-        "--max-shard-size", type=byte_size, metavar="SIZE", help="of one safetensors file (default: 5GB)"
-    )
+    parser.add_argument("--max-shard-size", type=byte_size, metavar="SIZE", help="of a safetensors file (default: 5GB)")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes to share the files out over")
 
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
@@ -90,11 +92,38 @@ def _layout(args: argparse.Namespace) -> ParallelConfig:
     return config.parse_parallel(values, "layout")
 
 
+def _shared_out(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """Let a verb run on `--nproc` ranks, or on those that srun or torchrun started."""
+
+    def start(args: argparse.Namespace) -> int:
+        import tempfile
+
+        from megatron_vlmr1.launch.local import rank_command, run_ranks
+        from megatron_vlmr1.runtime import distributed
+        from megatron_vlmr1.runtime.ranks import identity
+
+        if args.nproc < 1:
+            raise ValueError(f"--nproc {args.nproc}: at least one process")
+        if identity() is not None:
+            distributed.start(_LONG_S)
+            code = run(args)
+            distributed.stop()
+            return code
+        if args.nproc == 1 or getattr(args, "format", "hf") != "hf":
+            return run(args)
+        with tempfile.TemporaryDirectory(prefix="vlmr1-") as logs:
+            return run_ranks(args.nproc, rank_command(args.words), logs)
+
+    return start
+
+
 def _export(args: argparse.Namespace) -> int:
     from megatron_vlmr1.checkpoint.release import export
     from megatron_vlmr1.report.card import model_card, run_of
 
     if args.format == "torch_dist":
+        if args.nproc != 1:
+            raise ValueError("--nproc is for safetensors: --format torch_dist writes one file")
         return _export_torch_dist(args)
     if args.prefix is not None:
         raise ValueError("--prefix is for --format torch_dist")

@@ -95,6 +95,7 @@ def _run(words: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    args.words = words
     return int(args.run(args))
 
 

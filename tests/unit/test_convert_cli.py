@@ -48,11 +48,24 @@ def test_other_names_another_type_and_small_shards(capfd, source, tmp_path):
     assert torch.equal(before.bfloat16().float(), after)
 
 
+def test_two_processes_share_the_files_out(capfd, source, megatron, tmp_path):
+    for i, words in enumerate((("export", source), ("import", megatron))):
+        out = tmp_path / str(i)
+        code, said, err = convert(capfd, *words, out, "--nproc", 2, "--max-shard-size", "100KB")
+        assert (code, said) == (0, f"{out}\n") and err.count(" of ") == 1
+        assert len(list(out.glob("*.safetensors"))) > 3 and not list(out.glob("*.partial"))
+        assert convert(capfd, "verify", source, out)[0] == 0
+    code, said, err = convert(capfd, "export", source, tmp_path / "0", "--nproc", 2)
+    assert (code, said) == (2, "") and "exists already; name a new directory" in err
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         ("export {source} {out} --prefix x", "--prefix is for --format torch_dist"),
         ("export {source} {out} --format torch_dist --max-shard-size 1MB", "--max-shard-size is for safetensors"),
+        ("export {source} {out} --format torch_dist --nproc 2", "--nproc is for safetensors"),
+        ("export {source} {out} --nproc 0", "--nproc 0: at least one process"),
         ("export {megatron} {out}", "a Megatron checkpoint, of which `vlmr1 convert import"),
         ("verify {megatron} {source}", "a Megatron checkpoint, of which `vlmr1 convert import"),
         ("import {source} {out}", "no torch_dist checkpoint in it"),
