@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_vlmr1.data.images import ImageProcessor
 from megatron_vlmr1.data.packing import MicroBatch
+from megatron_vlmr1.data.prompts import PromptBuilder
+from megatron_vlmr1.data.tokens import VisionTokens, load_tokenizer
 from megatron_vlmr1.models.mrope import mrope_positions
-from megatron_vlmr1.types import ImagePatches, IntArray, Prompt
-from tests.tiny import write_tiny_checkpoint_files
+from megatron_vlmr1.types import ImagePatches, IntArray, Prompt, Sample
+from tests.tiny import compressed, picture, write_tiny_checkpoint_files
 
 STD = 0.1
 PATCH_DIM = 3 * 2 * 14 * 14
@@ -55,6 +59,19 @@ def write_random_checkpoint(
     return directory
 
 
+def write_in_bf16(source: Path, target: Path) -> Path:
+    """Write `source` again with weights in bf16, by safetensors' own means."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = (target / "config.json").read_text()
+    (target / "config.json").write_text(config.replace('"dtype": "float32"', '"dtype": "bfloat16"'))
+    return target
+
+
 def plain_model(directory: Path, dtype: str = "float32") -> Any:
     """Load transformers' own model, the reference of our tests."""
     import torch
@@ -92,6 +109,36 @@ def random_prompt(directory: Path, position: int, text: int, images: Sequence[Im
     tokens: IntArray = np.array(ids, dtype=np.int64)
     positions = mrope_positions(tokens, [image.grid_thw for image in images], image_id, 2)
     return Prompt(position, f"prompt {position}", tokens, positions, tuple(images), "", "")
+
+
+def real_prompts(directory: Path) -> dict[str, Prompt]:
+    """Return prompts of six kinds, by their names: real pictures, through the checkpoint's own tokenizer and processor.
+
+    The image processor rounds the sides of the sixth kind's pictures by one pixel.
+    """
+    words = "where is the red square at the left of region 12 ?".split()
+    rng = np.random.default_rng(7)
+    kinds: dict[str, tuple[int, list[tuple[int, int]]]] = {
+        "text only": (40, []),
+        "one image": (12, [(224, 168)]),
+        "three images": (12, [(112, 112), (112, 112), (112, 112)]),
+        "different sizes": (15, [(56, 56), (300, 40), (90, 210), (640, 480)]),
+        "long": (1600, [(200, 130)]),
+        "one pixel off": (9, [(57, 83), (113, 139)]),
+    }
+    builder = PromptBuilder(
+        load_tokenizer(directory),
+        ImageProcessor.from_pretrained(directory),
+        *(str, None, 4096),
+        VisionTokens.from_pretrained(directory),
+    )
+    prompts = {}
+    for i, (name, (count, sizes)) in enumerate(kinds.items()):
+        images = tuple(compressed(picture(*size, seed=10 * i + j)) for j, size in enumerate(sizes))
+        prompt = builder.build(i, Sample(name, " ".join(rng.choice(words, count)), "", images))
+        assert isinstance(prompt, Prompt), prompt
+        prompts[name] = prompt
+    return prompts
 
 
 def mixed_prompts(directory: Path) -> list[Prompt]:

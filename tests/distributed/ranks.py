@@ -54,13 +54,13 @@ def run(nproc: int, function: Callable[..., None], directory: Path, **arguments:
 
 
 @contextmanager
-def layout(name: str) -> Iterator[Any]:
-    """Lay the joined ranks out as `name` says, and forget the groups afterwards."""
+def layout(wanted: str | ParallelConfig) -> Iterator[Any]:
+    """Lay the joined ranks out as `wanted` says, one of `LAYOUTS` or another; forget the groups afterwards."""
     from megatron_vlmr1.parallel import mesh
     from megatron_vlmr1.runtime import seeds
 
     try:
-        built = mesh.build(LAYOUTS[name])
+        built = mesh.build(LAYOUTS[wanted] if isinstance(wanted, str) else wanted)
         seeds.seed_everything(0)
         yield built
     finally:

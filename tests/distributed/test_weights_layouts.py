@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from tests.checkpoints import mixed_prompts, plain_model, write_random_checkpoint
+from tests.checkpoints import mixed_prompts, plain_model, write_in_bf16, write_random_checkpoint
 from tests.distributed import plain, ranks
 from tests.distributed.plain import read
 
@@ -33,11 +32,7 @@ def written(tmp_path_factory) -> Path:
     write_random_checkpoint(root / "odd_width", seed=6, intermediate_size=90)
     write_random_checkpoint(root / "one_kv_head", seed=4, num_key_value_heads=1)
     write_random_checkpoint(root / "fp32", seed=5)
-    shutil.copytree(root / "fp32", root / "bf16")
-    tensors = {name: tensor.bfloat16() for name, tensor in load_file(root / "fp32" / "model.safetensors").items()}
-    save_file(tensors, root / "bf16" / "model.safetensors", metadata={"format": "pt"})
-    config = (root / "bf16" / "config.json").read_text()
-    (root / "bf16" / "config.json").write_text(config.replace('"dtype": "float32"', '"dtype": "bfloat16"'))
+    write_in_bf16(root / "fp32", root / "bf16")
     ranks.run(4, work_four.round_trips, root)
     return root
 
