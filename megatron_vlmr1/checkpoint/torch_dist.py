@@ -40,7 +40,7 @@ def export_torch_dist(
     progress: Progress = lambda done, total: None,
     prefix: str = LANGUAGE_PREFIX,
 ) -> Path:
-    """Make a Megatron checkpoint of a model: OUT/release, and OUT/huggingface with the files that lay beside the weights.
+    """Make a Megatron checkpoint of a model: OUT/release, and OUT/huggingface with the files beside the weights.
 
     It is made in ``OUT.partial`` and gets its name when every number has been read back. An interrupted one is begun
     anew. A second copy of the embedding that a tied model's directory may hold is left out.
