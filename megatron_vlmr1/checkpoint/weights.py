@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_vlmr1.checkpoint.tensorfile import DTYPES, Entry, row_ranges
+from megatron_vlmr1.checkpoint.tensorfile import DTYPES, Entry, data_offset, read, row_ranges
 from megatron_vlmr1.models import families
 from megatron_vlmr1.models.pieces import Piece
 from megatron_vlmr1.models.shape import VlmShape
@@ -29,6 +29,7 @@ class HfWeights:
         self.directory = directory
         self._files: dict[str, Any] = {}
         self._where: dict[str, tuple[Path, str]] = {}
+        self._offsets: dict[Path, dict[str, int]] = {}
         aliases = families.aliases(directory)
         for path in _shards(directory):
             try:
@@ -84,14 +85,17 @@ class HfWeights:
             yield self.rows(name, start, stop) if entry.shape else self.tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Read some rows of a tensor.
+        """Read some rows of a tensor into memory.
 
-        The file is opened anew each time: what is read through a mapping counts as this process's memory until the
-        mapping is gone.
+        Raises:
+            OSError: the disk failed, or the file has become shorter.
         """
         path, stored = self._where[name]
-        with safe_open(path, framework="pt") as file:
-            return file.get_slice(stored)[start:stop]
+        if path not in self._offsets:
+            self._offsets[path] = data_offset(path)
+        entry = self.entry(name)
+        row = entry.nbytes // max(1, entry.shape[0])
+        return read(path, self._offsets[path][stored] + start * row, (stop - start, *entry.shape[1:]), entry.dtype)
 
     def entry(self, name: str, dtype: torch.dtype | None = None) -> Entry:
         """Return a tensor's name, shape and type; `dtype` in place of its own."""
