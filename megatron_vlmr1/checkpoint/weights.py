@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,17 +51,7 @@ class HfWeights:
         Raises:
             ValueError: naming a missing, unexpected or misshapen tensor.
         """
-        expected = families.of(shape).tensor_shapes(shape)
-        extra = self.names() - expected.keys() - ({"lm_head.weight"} if shape.text.tied else set())
-        missing = expected.keys() - self.names()
-        for what, names in (("lacks", missing), ("has unexpected", extra)):
-            if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise ValueError(f"{self.directory}: {what} tensor {min(names)}{more}; config.json says {shape.family}")
-        for name, size in expected.items():
-            found = tuple(self._slice(name).get_shape())
-            if found != size:
-                raise ValueError(f"{self.directory}: {name} is {list(found)}, but config.json asks for {list(size)}")
+        check_tensors(self.directory, {name: tuple(self._slice(name).get_shape()) for name in self._where}, shape)
 
     def read(self, piece: Piece, like: torch.Tensor) -> torch.Tensor:
         """Read one piece; a nameless one is zeros shaped after `like`'s other dimensions."""
@@ -113,6 +103,24 @@ class HfWeights:
         return self._files[str(path)].get_slice(stored)
 
 
+def check_tensors(directory: Path, found: Mapping[str, tuple[int, ...]], shape: VlmShape) -> None:
+    """Compare tensors, by their shapes, with what the architecture needs.
+
+    Raises:
+        ValueError: naming a missing, unexpected or misshapen tensor.
+    """
+    expected = families.of(shape).tensor_shapes(shape)
+    extra = found.keys() - expected.keys() - ({"lm_head.weight"} if shape.text.tied else set())
+    missing = expected.keys() - found.keys()
+    for what, names in (("lacks", missing), ("has unexpected", extra)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{directory}: {what} tensor {min(names)}{more}; config.json says {shape.family}")
+    for name, size in expected.items():
+        if found[name] != size:
+            raise ValueError(f"{directory}: {name} is {list(found[name])}, but config.json asks for {list(size)}")
+
+
 def _shards(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
@@ -125,9 +133,9 @@ def _shards(directory: Path) -> list[Path]:
         paths = [directory / "model.safetensors"]
     for path in paths:
         if not path.is_file():
-            pickled = sorted(directory.glob("*.bin"))
-            hint = f"; {pickled[0].name} is a pickle: convert it to safetensors first" if pickled else ""
-            raise ValueError(f"{path}: not found{hint}")
+            pickled = sorted(directory.glob("pytorch_model*.bin"))
+            way = f"`vlmr1 convert safetensors {directory} OUT` makes safetensors of it without running its code"
+            raise ValueError(f"{path}: not found" + (f"; {pickled[0].name} is a pickle: {way}" if pickled else ""))
     return paths
 
 
