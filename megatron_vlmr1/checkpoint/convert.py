@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_vlmr1.checkpoint import store, weights, writer
+from megatron_vlmr1.checkpoint import release, store, weights, writer
 from megatron_vlmr1.checkpoint.locate import hf_directory
 from megatron_vlmr1.checkpoint.weights import HfWeights
 from megatron_vlmr1.config import ParallelConfig, RecomputeConfig
@@ -40,6 +40,22 @@ def roundtrip(source: Path, out: Path, layout: ParallelConfig, precision: str) -
         if mesh.rank == 0:
             store.flush_tree(temporary)
             temporary.rename(out)
+
+
+def check_roundtrip(source: Path, out: Path, precision: str) -> None:
+    """Look before any rank is started whether a model can be loaded, and written to `out`.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    release.check_new(out)
+    directory = hf_directory(source, check=False)  # the first rank compares it with its manifest
+    hf = weights.HfWeights(directory)
+    hf.check(read_shape(directory))
+    place = next(path for path in out.absolute().parents if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"{place}: not a directory")
+    release.need_space(place, sum(hf.entry(name, device.DTYPES[precision]).nbytes for name in hf.names()))
 
 
 def differences(left: Path, right: Path) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -102,7 +104,7 @@ def publish(
         progress: told of every piece of this rank's share.
 
     Raises:
-        ValueError: `out`.partial is somebody else's, or the disk is too small.
+        ValueError: `out`.partial is somebody else's, or the disk is too small or fills up.
         OSError: the disk failed; nothing was published.
     """
     shape = read_shape(side)
@@ -112,17 +114,25 @@ def publish(
     partial = out.with_name(out.name + ".partial")
     files = [(partial / shard_name(i, len(shards)), shard) for i, shard in enumerate(shards, start=1)]
     rank, world = distributed.place()
-    distributed.together(lambda: begin(partial, _plan(weights, shards)), only_first=True, kind=ValueError)
-    distributed.together(lambda: need_space(partial, _bytes(_missing(files))), kind=ValueError)
-    distributed.together(lambda: _write_shards(weights, files[rank::world], progress))
+
+    def start() -> None:
+        begin(partial, _plan(weights, shards))
+        need_space(partial, _bytes(_missing(files)))
+
+    def write() -> None:
+        with room(partial):
+            _write_shards(weights, files[rank::world], progress)
 
     def complete() -> None:
-        _add_side_files(side, partial, {entry.dtype for shard in shards for entry in shard}, more)
-        if len(shards) > 1:
-            write_index(partial)
-        HfWeights(partial).check(shape)
-        finish(partial, out)
+        with room(partial):
+            _add_side_files(side, partial, {entry.dtype for shard in shards for entry in shard}, more)
+            if len(shards) > 1:
+                write_index(partial)
+            HfWeights(partial).check(shape)
+            finish(partial, out)
 
+    distributed.together(start, only_first=True)
+    distributed.together(write)
     distributed.together(complete, only_first=True)
     return out
 
@@ -208,16 +218,33 @@ def check_new(out: Path) -> None:
 
 
 def need_space(directory: Path, size: int) -> None:
-    """Ask whether so many bytes of weights fit on the disk.
+    """Ask whether so many bytes of weights fit on the disk; a directory with nothing but a plan is taken away if not.
 
     Raises:
         ValueError: they don't.
     """
     free = shutil.disk_usage(directory).free
     if size + _SPARE_BYTES > free:
+        if [path.name for path in directory.iterdir()] == [_PLAN]:
+            shutil.rmtree(directory)
         raise ValueError(
             f"{directory}: {size / 1e9:.1f} GB are to be written, but the disk has {free / 1e9:.1f} GB left"
         )
+
+
+@contextmanager
+def room(partial: Path) -> Iterator[None]:
+    """Tell a disk that fills up while `partial` is written, which the user can mend, from one that fails.
+
+    Raises:
+        ValueError: it is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(f"{partial}: {error.strerror}; make room and give the same command again") from error
 
 
 def _pieces(weights: Source, entry: Entry) -> Iterator[torch.Tensor]:

@@ -6,11 +6,16 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 DTYPES = {
     "F64": torch.float64,
@@ -20,6 +25,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _READ_BYTES = 1 << 24
+_HASH_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -75,19 +81,61 @@ def write(
     """
     temporary = path.with_name(path.name + ".partial")
     head = header(entries)
-    meant = hashlib.sha256(head)
-    done = 0
-    with temporary.open("wb") as out:
-        out.write(head)
-        for data in _blocks(entries, pieces):
+    meant: list[tuple[int, bytes]] = []
+    done = -len(head)
+    with ThreadPoolExecutor(1) as pool, temporary.open("wb") as out:
+        for data in chain([memoryview(head)], ahead(_blocks(entries, pieces))):
+            digest = pool.submit(_sha256, data)
             out.write(data)
-            meant.update(data)
+            meant.append((len(data), digest.result()))
             progress(done := done + len(data))
         out.flush()
         os.fsync(out.fileno())
-    if _sha256(temporary) != meant.digest():
+    if not _holds(temporary, meant):
         raise OSError(f"{temporary}: the disk gave back other bytes than were written")
     temporary.rename(path)
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """Yield items, each made by a thread while the one before it is in use."""
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, source, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, source, end)
+            yield item  # type: ignore[misc]
+
+
+def as_bytes(values: torch.Tensor) -> memoryview:
+    """Return a tensor's numbers as bytes, row by row."""
+    return values.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def data_offset(path: Path) -> dict[str, int]:
+    """Return where each tensor's data begins in a file, whose header is known to be sound."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        table = json.loads(file.read(size))
+    return {name: 8 + size + place["data_offsets"][0] for name, place in table.items() if name != "__metadata__"}
+
+
+def read(path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Read numbers from a file.
+
+    Not through a mapping: that would count as this process's memory, and wait for the disk page by page.
+
+    Raises:
+        OSError: the file ends too early, or the disk failed.
+    """
+    out = torch.empty(tuple(shape), dtype=dtype)
+    left = as_bytes(out)
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while left and (size := file.readinto(left)):
+            left = left[size:]
+    if left:
+        raise OSError(f"{path}: {len(left)} bytes are missing at its end")
+    return out
 
 
 def _blocks(entries: Sequence[Entry], pieces: Callable[[Entry], Iterable[torch.Tensor]]) -> Iterator[memoryview]:
@@ -95,17 +143,30 @@ def _blocks(entries: Sequence[Entry], pieces: Callable[[Entry], Iterable[torch.T
         written = 0
         for piece in pieces(entry):
             assert piece.dtype == entry.dtype, (entry, piece.dtype)
-            data = piece.contiguous().view(-1).view(torch.uint8).numpy().data
-            written += len(data)
+            written += len(data := as_bytes(piece))
             yield data
         assert written == entry.nbytes, (entry, written)
 
 
-def _sha256(path: Path) -> bytes:
+def _sha256(data: memoryview) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _holds(path: Path, meant: Sequence[tuple[int, bytes]]) -> bool:
+    """Return whether a file consists of blocks of these lengths and digests."""
+    offsets = [0]
+    for size, _ in meant:
+        offsets.append(offsets[-1] + size)
+    with path.open("rb") as stream, ThreadPoolExecutor(_HASH_THREADS) as pool:
+        fd = stream.fileno()
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+        found = pool.map(lambda i: _sha256_at(fd, offsets[i], offsets[i + 1]), range(len(meant)))
+        same = [digest == expected for digest, (_, expected) in zip(found, meant, strict=True)]
+        return all(same) and os.fstat(fd).st_size == offsets[-1]
+
+
+def _sha256_at(fd: int, start: int, stop: int) -> bytes:
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as stream:
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
-        block = memoryview(bytearray(_READ_BYTES))
-        while size := stream.readinto(block):
-            digest.update(block[:size])
+    for offset in range(start, stop, _READ_BYTES):
+        digest.update(os.pread(fd, min(_READ_BYTES, stop - offset), offset))
     return digest.digest()

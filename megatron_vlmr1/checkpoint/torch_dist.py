@@ -53,7 +53,7 @@ def export_torch_dist(
         prefix: of the language model's keys; empty for a plain GPTModel.
 
     Raises:
-        ValueError: `out` exists, the checkpoint is damaged or not there, or the disk is too small.
+        ValueError: `out` exists, the checkpoint is damaged or not there, or the disk is too small or fills up.
         OSError: the disk failed; nothing was published.
     """
     release.check_new(out)
@@ -66,23 +66,24 @@ def export_torch_dist(
     partial = out.with_name(out.name + ".partial")
     release.begin(partial, f"torch_dist {secrets.token_hex(8)}")  # like no other's, so that none goes on with it
     release.need_space(partial, total)
-    (directory := partial / _RELEASE).mkdir()
-    progress(0, total)
-    torch_dist_write.write(
-        directory,
-        [*entries.values()],
-        _chunks(weights, found, entries),
-        extra_states(shape, prefix),
-        lambda done: progress(done, total),
-    )
-    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
-    (directory / "common.pt").write_bytes(_common(shape))
-    (side := partial / _SIDE).mkdir()
-    copy_side_files(source, side)
-    if len(dtypes := {entry.dtype for entry in entries.values()}) == 1:
-        name_dtype(side, next(iter(dtypes)))
-    (partial / _TRACKER).write_text(_RELEASE, encoding="utf-8")
-    release.finish(partial, out)
+    with release.room(partial):
+        (directory := partial / _RELEASE).mkdir()
+        progress(0, total)
+        torch_dist_write.write(
+            directory,
+            [*entries.values()],
+            _chunks(weights, found, entries),
+            extra_states(shape, prefix),
+            lambda done: progress(done, total),
+        )
+        save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+        (directory / "common.pt").write_bytes(_common(shape))
+        (side := partial / _SIDE).mkdir()
+        copy_side_files(source, side)
+        if len(dtypes := {entry.dtype for entry in entries.values()}) == 1:
+            name_dtype(side, next(iter(dtypes)))
+        (partial / _TRACKER).write_text(_RELEASE, encoding="utf-8")
+        release.finish(partial, out)
     return out
 
 

@@ -10,6 +10,7 @@ import io
 import os
 import pickle  # noqa: S403 - written only
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_vlmr1.checkpoint.tensorfile import Entry
+from megatron_vlmr1.checkpoint.tensorfile import Entry, ahead, as_bytes
 from megatron_vlmr1.checkpoint.torch_dist_files import Chunk, Reader, load
 
 _FILE = "__0_0.distcp"
+_HASH_THREADS = 2
 
 
 def write(
@@ -55,16 +57,17 @@ def write(
     boxes: dict[str, list[Chunk]] = {entry.name: [] for entry in entries}
     meant: dict[Chunk, bytes] = {}
     done = 0
-    with (directory / _FILE).open("wb") as file:
+    with ThreadPoolExecutor(1) as pool, (directory / _FILE).open("wb") as file:
         file.write(none)
-        for chunk, values in chunks:
+        for chunk, values in ahead(chunks):
             assert tuple(values.shape) == chunk.size
             offset = file.tell()
+            digest = pool.submit(_digest, values)
             _append(values, file)
             index = MetadataIndex(chunk.key, chunk.start, len(boxes[chunk.key]))
             places[index] = _StorageInfo(_FILE, offset, file.tell() - offset)
             boxes[chunk.key].append(chunk)
-            meant[chunk] = _digest(values)
+            meant[chunk] = digest.result()
             progress(done := done + values.nbytes)
         _flush(file)
     with (directory / ".metadata").open("wb") as file:
@@ -93,7 +96,7 @@ def _flush(file: Any) -> None:
 
 
 def _digest(values: torch.Tensor) -> bytes:
-    return hashlib.sha256(values.contiguous().view(-1).view(torch.uint8).numpy().data).digest()
+    return hashlib.sha256(as_bytes(values)).digest()
 
 
 def _metadata(
@@ -119,7 +122,8 @@ def _check(directory: Path, meant: Mapping[Chunk, bytes], head: bytes) -> None:
     try:
         found = [(chunk, place, t.dtype) for t in Reader(directory).tensors.values() for chunk, place in t.chunks]
         same &= {chunk for chunk, _, _ in found} == meant.keys()
-        same = same and all(_digest(load(*each)) == meant[each[0]] for each in found)
+        with ThreadPoolExecutor(_HASH_THREADS) as pool:
+            same = same and all(pool.map(lambda each: _digest(load(*each)) == meant[each[0]], found))
     except ValueError as error:
         raise OSError(f"{directory}: the disk gave back other bytes than were written: {error}") from error
     if not same:

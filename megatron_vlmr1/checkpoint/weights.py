@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_vlmr1.checkpoint.tensorfile import DTYPES, Entry, row_ranges
+from megatron_vlmr1.checkpoint.tensorfile import DTYPES, Entry, data_offset, read, row_ranges
 from megatron_vlmr1.models import families
 from megatron_vlmr1.models.pieces import Piece
 from megatron_vlmr1.models.shape import VlmShape
@@ -29,6 +29,7 @@ class HfWeights:
         self.directory = directory
         self._files: dict[str, Any] = {}
         self._where: dict[str, tuple[Path, str]] = {}
+        self._offsets: dict[Path, dict[str, int]] = {}
         aliases = families.aliases(directory)
         for path in _shards(directory):
             try:
@@ -50,17 +51,7 @@ class HfWeights:
         Raises:
             ValueError: naming a missing, unexpected or misshapen tensor.
         """
-        expected = families.of(shape).tensor_shapes(shape)
-        extra = self.names() - expected.keys() - ({"lm_head.weight"} if shape.text.tied else set())
-        missing = expected.keys() - self.names()
-        for what, names in (("lacks", missing), ("has unexpected", extra)):
-            if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise ValueError(f"{self.directory}: {what} tensor {min(names)}{more}; config.json says {shape.family}")
-        for name, size in expected.items():
-            found = tuple(self._slice(name).get_shape())
-            if found != size:
-                raise ValueError(f"{self.directory}: {name} is {list(found)}, but config.json asks for {list(size)}")
+        check_tensors(self.directory, {name: tuple(self._slice(name).get_shape()) for name in self._where}, shape)
 
     def read(self, piece: Piece, like: torch.Tensor) -> torch.Tensor:
         """Read one piece; a nameless one is zeros shaped after `like`'s other dimensions."""
@@ -84,14 +75,17 @@ class HfWeights:
             yield self.rows(name, start, stop) if entry.shape else self.tensor(name)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Read some rows of a tensor.
+        """Read some rows of a tensor into memory.
 
-        The file is opened anew each time: what is read through a mapping counts as this process's memory until the
-        mapping is gone.
+        Raises:
+            OSError: the disk failed, or the file has become shorter.
         """
         path, stored = self._where[name]
-        with safe_open(path, framework="pt") as file:
-            return file.get_slice(stored)[start:stop]
+        if path not in self._offsets:
+            self._offsets[path] = data_offset(path)
+        entry = self.entry(name)
+        row = entry.nbytes // max(1, entry.shape[0])
+        return read(path, self._offsets[path][stored] + start * row, (stop - start, *entry.shape[1:]), entry.dtype)
 
     def entry(self, name: str, dtype: torch.dtype | None = None) -> Entry:
         """Return a tensor's name, shape and type; `dtype` in place of its own."""
@@ -109,6 +103,24 @@ class HfWeights:
         return self._files[str(path)].get_slice(stored)
 
 
+def check_tensors(directory: Path, found: Mapping[str, tuple[int, ...]], shape: VlmShape) -> None:
+    """Compare tensors, by their shapes, with what the architecture needs.
+
+    Raises:
+        ValueError: naming a missing, unexpected or misshapen tensor.
+    """
+    expected = families.of(shape).tensor_shapes(shape)
+    extra = found.keys() - expected.keys() - ({"lm_head.weight"} if shape.text.tied else set())
+    missing = expected.keys() - found.keys()
+    for what, names in (("lacks", missing), ("has unexpected", extra)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{directory}: {what} tensor {min(names)}{more}; config.json says {shape.family}")
+    for name, size in expected.items():
+        if found[name] != size:
+            raise ValueError(f"{directory}: {name} is {list(found[name])}, but config.json asks for {list(size)}")
+
+
 def _shards(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
@@ -121,9 +133,9 @@ def _shards(directory: Path) -> list[Path]:
         paths = [directory / "model.safetensors"]
     for path in paths:
         if not path.is_file():
-            pickled = sorted(directory.glob("*.bin"))
-            hint = f"; {pickled[0].name} is a pickle: convert it to safetensors first" if pickled else ""
-            raise ValueError(f"{path}: not found{hint}")
+            pickled = sorted(directory.glob("pytorch_model*.bin"))
+            way = f"`vlmr1 convert safetensors {directory} OUT` makes safetensors of it without running its code"
+            raise ValueError(f"{path}: not found" + (f"; {pickled[0].name} is a pickle: {way}" if pickled else ""))
     return paths
 
 

@@ -19,7 +19,7 @@ from megatron_vlmr1.runtime import distributed
 
 MAX_SHARD_BYTES = 5 * 10**9
 _INDEX = "model.safetensors.index.json"
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", _INDEX)
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.bin.index.json", _INDEX)
 
 
 @torch.no_grad()

@@ -63,6 +63,10 @@ def add_parser(subparsers: Any) -> None:
     plan.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="type in memory (default: bf16)")
     plan.add_argument("--json", action="store_true", help="one line of JSON for each part of a tensor on a rank")
     plan.set_defaults(run=_plan)
+    pickled = parts.add_parser("safetensors", help="make safetensors of pytorch_model*.bin, without running its code")
+    pickled.add_argument("source", help="Hugging Face directory with pytorch_model*.bin")
+    pickled.add_argument("out", help="new directory")
+    pickled.set_defaults(run=_safetensors)
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -175,7 +179,7 @@ def _shard_bytes(args: argparse.Namespace) -> int:
 def _roundtrip(args: argparse.Namespace) -> int:
     import tempfile
 
-    from megatron_vlmr1.checkpoint.convert import roundtrip
+    from megatron_vlmr1.checkpoint.convert import check_roundtrip, roundtrip
     from megatron_vlmr1.launch.local import rank_command, run_ranks
     from megatron_vlmr1.runtime.ranks import identity
 
@@ -183,8 +187,7 @@ def _roundtrip(args: argparse.Namespace) -> int:
     if identity() is not None:
         roundtrip(Path(args.source), Path(args.out), layout, args.precision)
         return DONE
-    if Path(args.out).exists():
-        raise ValueError(f"{args.out}: exists already; name a new directory")
+    check_roundtrip(Path(args.source), Path(args.out), args.precision)
     words = ["convert", "roundtrip", args.source, args.out, "--precision", args.precision]
     words += ["--tp", str(args.tp), "--pp", str(args.pp), "--vp", str(args.vp)]
     words += ["--layers", args.layers] if args.layers is not None else []
@@ -222,4 +225,12 @@ def _plan(args: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(mapping_table(shape, coverage))
     console.print(rank_table(layout, coverage, DTYPES[args.precision].itemsize))
+    return DONE
+
+
+def _safetensors(args: argparse.Namespace) -> int:
+    from megatron_vlmr1.checkpoint.bins import bins_to_safetensors
+
+    with byte_progress("convert") as progress:
+        print(bins_to_safetensors(Path(args.source), Path(args.out), progress))
     return DONE

@@ -93,22 +93,26 @@ def place() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def together(action: Callable[[], object], only_first: bool = False, kind: type[Exception] = OSError) -> None:
+def together(action: Callable[[], object], only_first: bool = False) -> None:
     """Let every rank, or the first only, do something that may fail, and wait for all; outside a job just do it.
 
     Raises:
-        kind: (in a job) it failed on some rank; the same line on all ranks.
+        ValueError: it raised one on some rank; the same line on all ranks.
+        OSError: the same.
     """
     if not dist.is_initialized():
         action()
         return
-    problem = ""
+    wrong = failed = ""
     if is_first() or not only_first:
         try:
             action()
-        except (OSError, ValueError) as error:
-            problem = str(error) or repr(error)
-    agree(problem, kind)
+        except ValueError as error:
+            wrong = str(error) or repr(error)
+        except OSError as error:
+            failed = str(error) or repr(error)
+    agree(wrong, ValueError)
+    agree(failed)
 
 
 def agree(problem: str, kind: type[Exception] = OSError) -> None:

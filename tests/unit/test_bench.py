@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tools.bench import common, grpo_step, logprobs, rollout, tiny, update
+from tests.tiny import write_tiny_checkpoint_files
+from tools.bench import common, convert, grpo_step, logprobs, rollout, tiny, update
 
 
 def test_a_case_is_the_median_of_the_pairs_ratios():
@@ -97,3 +99,52 @@ def test_prompts_and_the_model_that_never_ends(tmp_path):
         assert [int((p.token_ids == image_id).sum()) for p in prompts] == [image_tokens] * 2
     grpo_step.never_end(directory)
     assert json.loads((directory / "generation_config.json").read_bytes())["eos_token_id"] == 512
+
+
+def published_config(directory: Path) -> Path:
+    write_tiny_checkpoint_files(directory, num_hidden_layers=9)
+    return directory
+
+
+def test_as_many_layers_as_fit(tmp_path):
+    config = json.loads((published_config(tmp_path / "tiny") / "config.json").read_bytes())
+    (side := tmp_path / "side").mkdir()
+
+    def fitted(nbytes: int) -> tuple[int, int]:
+        found = convert.fitted(json.loads(json.dumps(config)), nbytes, side)
+        assert json.loads((side / "config.json").read_bytes()) == found
+        return found["text_config"]["num_hidden_layers"], sum(e.nbytes for e in convert.Random(side).entries.values())
+
+    one, two = (fitted(1 << 40) for _ in range(2))
+    assert one == two and one[0] == 9  # never more than the model has
+    layer = 2 * (2 * 64 + 128 * 64 + 128 + 64 * 64 + 3 * 96 * 64)
+    assert fitted(one[1] - 1) == (8, one[1] - layer) and fitted(one[1] - layer - 1) == (7, one[1] - 2 * layer)
+    layers, size = fitted(one[1] - 8 * layer - 1)  # vocabulary and tower are halved
+    assert layers >= 1 and size < one[1] - 8 * layer
+
+
+def test_conversions_of_a_tiny_model(tmp_path, monkeypatch, capsys):
+    fresh = convert.fresh_process
+    monkeypatch.setattr(
+        convert, "fresh_process", lambda name, *a: (fresh if name == "export" else convert.run)(name, *a)
+    )
+    folder = published_config(tmp_path / "tiny")
+    words = ["--pairs", "1", "--gigabytes", "0.0004", "--config", str(folder)]
+    (tmp_path / "work").mkdir()
+    args = convert.arguments(words)
+    cases = {case.name: case for case in convert.measure(tmp_path / "work", args)}
+    assert list(cases) == ["export", "export_torch_dist", "import"]
+    assert all(case.unit == "GB/s" and case.ours > 0 and case.peer > 0 for case in cases.values())
+    assert "0.00 GB bf16, " in cases["export"].setting and "peak memory of ours 0." in cases["import"].setting
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["hf", "hf-side", "megatron"]
+    assert capsys.readouterr().out == ""
+
+
+def test_too_much_memory_ends_the_benchmark(tmp_path, monkeypatch):
+    folder = published_config(tmp_path / "tiny")
+    found = {"seconds": 1.0, "peak": 3 * convert.GB + 10**7}
+    monkeypatch.setattr(convert, "fresh_process", lambda name, source, out: (out.mkdir(), found)[1])
+    (tmp_path / "work").mkdir()
+    args = convert.arguments(["--pairs", "1", "--gigabytes", "0.0004", "--config", str(folder), "--case", "export"])
+    with pytest.raises(SystemExit, match=r"^export: peak resident memory 3\.01 GB; limit 3 GB$"):
+        convert.measure(tmp_path / "work", args)

@@ -95,7 +95,8 @@ def test_another_model(copy):
 def test_only_a_pickle(copy):
     (copy / "model.safetensors").unlink()
     (copy / "pytorch_model.bin").write_bytes(pickle.dumps({}))
-    assert "pytorch_model.bin is a pickle: convert it to safetensors first" in refused(copy)
+    way = f"`vlmr1 convert safetensors {copy} OUT` makes safetensors of it without running its code"
+    assert f"model.safetensors: not found; pytorch_model.bin is a pickle: {way}" in refused(copy)
 
 
 def test_no_weights(copy):

@@ -52,7 +52,7 @@ def test_two_processes_share_the_files_out(capfd, source, megatron, tmp_path):
     for i, words in enumerate((("export", source), ("import", megatron))):
         out = tmp_path / str(i)
         code, said, err = convert(capfd, *words, out, "--nproc", 2, "--max-shard-size", "100KB")
-        assert (code, said) == (0, f"{out}\n") and err.count(" of ") == 1
+        assert (code, said) == (0, f"{out}\n") and " of " in err
         assert len(list(out.glob("*.safetensors"))) > 3 and not list(out.glob("*.partial"))
         assert convert(capfd, "verify", source, out)[0] == 0
     code, said, err = convert(capfd, "export", source, tmp_path / "0", "--nproc", 2)
