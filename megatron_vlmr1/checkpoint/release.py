@@ -19,7 +19,7 @@ from megatron_vlmr1.checkpoint.weights import HfWeights
 from megatron_vlmr1.checkpoint.writer import MAX_SHARD_BYTES, copy_side_files, name_dtype, shard_name, write_index
 from megatron_vlmr1.models.families import of, read_shape
 
-_PIECE_BYTES = 1 << 26
+_PIECE_BYTES = 1 << 24  # memory of larger ones is taken from the system anew each time
 _PLAN = ".export.json"
 _SPARE_BYTES = 1 << 26  # of disk space, for everything but weights
 
