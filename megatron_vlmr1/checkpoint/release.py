@@ -20,7 +20,7 @@ from megatron_vlmr1.checkpoint.writer import MAX_SHARD_BYTES, copy_side_files, n
 from megatron_vlmr1.models.families import of, read_shape
 from megatron_vlmr1.runtime import distributed
 
-_PIECE_BYTES = 1 << 26
+_PIECE_BYTES = 1 << 24  # memory of larger ones is taken from the system anew each time
 _PLAN = ".export.json"
 _SPARE_BYTES = 1 << 26  # of disk space, for everything but weights
 
