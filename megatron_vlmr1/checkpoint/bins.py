@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_vlmr1.checkpoint import release
+from megatron_vlmr1.checkpoint.partial import check_new
 from megatron_vlmr1.checkpoint.release import Progress
 from megatron_vlmr1.checkpoint.tensorfile import DTYPES, Entry, row_ranges
 from megatron_vlmr1.checkpoint.weights import check_tensors
@@ -35,7 +36,7 @@ def bins_to_safetensors(source: Path, out: Path, progress: Progress = lambda don
         ValueError: `out` exists, a file is missing, damaged, hostile or of another model, or the disk is too small.
         OSError: the disk failed; nothing was published.
     """
-    release.check_new(out)
+    check_new(out, source)
     shape = families.read_shape(source)
     weights = BinWeights(source)
     check_tensors(source, {name: weights.entry(name).shape for name in weights.names()}, shape)

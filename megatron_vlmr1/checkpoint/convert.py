@@ -5,11 +5,12 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from megatron_vlmr1.checkpoint import release, store, weights, writer
+from megatron_vlmr1.checkpoint import store, weights, writer
 from megatron_vlmr1.checkpoint.locate import hf_directory
+from megatron_vlmr1.checkpoint.partial import check_new, need_space
+from megatron_vlmr1.checkpoint.tensorfile import as_bytes
 from megatron_vlmr1.checkpoint.weights import HfWeights
 from megatron_vlmr1.config import ParallelConfig, RecomputeConfig
 from megatron_vlmr1.models.families import read_shape
@@ -48,14 +49,14 @@ def check_roundtrip(source: Path, out: Path, precision: str) -> None:
     Raises:
         ValueError: it cannot.
     """
-    release.check_new(out)
     directory = hf_directory(source, check=False)  # the first rank compares it with its manifest
+    check_new(out, directory)
     hf = weights.HfWeights(directory)
     hf.check(read_shape(directory))
     place = next(path for path in out.absolute().parents if path.exists())
     if not place.is_dir():
         raise ValueError(f"{place}: not a directory")
-    release.need_space(place, sum(hf.entry(name, device.DTYPES[precision]).nbytes for name in hf.names()))
+    need_space(place, sum(hf.entry(name, device.DTYPES[precision]).nbytes for name in hf.names()))
 
 
 def differences(left: Path, right: Path) -> list[str]:
@@ -79,7 +80,7 @@ def _difference(a: HfWeights, b: HfWeights, name: str) -> str:
     same, largest = True, 0.0
     pieces = (side.pieces(name, _PIECE * entry.dtype.itemsize) for side, entry in ((a, x), (b, y)))
     for p, q in zip(*pieces, strict=True):
-        if x.dtype == y.dtype and torch.equal(p.contiguous().view(torch.uint8), q.contiguous().view(torch.uint8)):
+        if x.dtype == y.dtype and as_bytes(p) == as_bytes(q):
             continue
         same = False
         largest = max(largest, float((p.double() - q.double()).abs().max()), key=lambda v: (v != v, v))

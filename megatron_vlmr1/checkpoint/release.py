@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from megatron_vlmr1.checkpoint import store, tensorfile
+from megatron_vlmr1.checkpoint import partial, tensorfile
 from megatron_vlmr1.checkpoint.locate import hf_directory
+from megatron_vlmr1.checkpoint.partial import check_new, making, need_space, room
 from megatron_vlmr1.checkpoint.tensorfile import Entry
 from megatron_vlmr1.checkpoint.weights import HfWeights
 from megatron_vlmr1.checkpoint.writer import MAX_SHARD_BYTES, copy_side_files, name_dtype, shard_name, write_index
 from megatron_vlmr1.models.families import of, read_shape
+from megatron_vlmr1.models.shape import VlmShape
 from megatron_vlmr1.runtime import distributed
 
 _PIECE_BYTES = 1 << 24  # memory of larger ones is taken from the system anew each time
-_PLAN = ".export.json"
-_SPARE_BYTES = 1 << 26  # of disk space, for everything but weights
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -74,8 +73,8 @@ def export(
         ValueError: `out` exists, the checkpoint is damaged or not there, or the disk is too small.
         OSError: the disk failed; nothing was published.
     """
-    check_new(out)
     source = hf_directory(checkpoint, check=distributed.place()[0] == 0)
+    check_new(out, source)
     weights = HfWeights(source)
     weights.check(read_shape(source))
     return publish(weights, source, out, dtype, max_shard_bytes, more or {}, progress)
@@ -111,29 +110,30 @@ def publish(
     order = [*of(shape).tensor_shapes(shape)]
     order += sorted(weights.names() - set(order))  # a tied model's second copy, where it has one
     shards = _cut([weights.entry(name, dtype) for name in order], max_shard_bytes)
-    partial = out.with_name(out.name + ".partial")
-    files = [(partial / shard_name(i, len(shards)), shard) for i, shard in enumerate(shards, start=1)]
+    place = partial.path_of(out)
+    files = [(place / shard_name(i, len(shards)), shard) for i, shard in enumerate(shards, start=1)]
     rank, world = distributed.place()
+    with ExitStack() as held:
 
-    def start() -> None:
-        begin(partial, _plan(weights, shards))
-        need_space(partial, _bytes(_missing(files)))
+        def start() -> None:
+            held.enter_context(making(out, _plan(weights, side, shape, shards)))
+            need_space(place, _bytes(_missing(files)))
 
-    def write() -> None:
-        with room(partial):
-            _write_shards(weights, files[rank::world], progress)
+        def write() -> None:
+            with room(place):
+                _write_shards(weights, files[rank::world], progress)
 
-    def complete() -> None:
-        with room(partial):
-            _add_side_files(side, partial, {entry.dtype for shard in shards for entry in shard}, more)
-            if len(shards) > 1:
-                write_index(partial)
-            HfWeights(partial).check(shape)
-            finish(partial, out)
+        def complete() -> None:
+            with room(place):
+                _add_side_files(side, place, {entry.dtype for shard in shards for entry in shard}, more)
+                if len(shards) > 1:
+                    write_index(place)
+                HfWeights(place).check(shape)
+                partial.publish(out)
 
-    distributed.together(start, only_first=True)
-    distributed.together(write)
-    distributed.together(complete, only_first=True)
+        distributed.together(start, only_first=True)
+        distributed.together(write)
+        distributed.together(complete, only_first=True)
     return out
 
 
@@ -173,78 +173,12 @@ def _bytes(shards: Iterable[Sequence[Entry]]) -> int:
     return sum(entry.nbytes for shard in shards for entry in shard)
 
 
-def _plan(weights: Source, shards: Sequence[Sequence[Entry]]) -> str:
+def _plan(weights: Source, side: Path, shape: VlmShape, shards: Sequence[Sequence[Entry]]) -> str:
     """What must be the same for an interrupted export to go on."""
     files = [(path.name, info.st_size, info.st_mtime_ns) for path in weights.files() for info in [path.stat()]]
     cut = [[(entry.name, str(entry.dtype)) for entry in shard] for shard in shards]
-    return json.dumps({"source": str(weights.directory.resolve()), "files": files, "shards": cut})
-
-
-def begin(partial: Path, plan: str) -> None:
-    """Make the directory, or go on in one that was made for the same export; another's is thrown away.
-
-    Raises:
-        ValueError: there is a directory of that name that no export has begun.
-    """
-    path = partial / _PLAN
-    if partial.exists() and not path.is_file():
-        raise ValueError(f"{partial}: exists and is not an interrupted export; remove it or name another directory")
-    if path.is_file() and path.read_text(encoding="utf-8") != plan:
-        shutil.rmtree(partial)
-    if not partial.exists():
-        partial.mkdir(parents=True)
-        path.write_text(plan, encoding="utf-8")
-
-
-def finish(partial: Path, out: Path) -> None:
-    """Give a finished directory its name.
-
-    Raises:
-        OSError: the disk failed.
-    """
-    (partial / _PLAN).unlink()
-    store.flush_tree(partial)
-    partial.rename(out)
-
-
-def check_new(out: Path) -> None:
-    """Refuse a directory that exists.
-
-    Raises:
-        ValueError: it does.
-    """
-    if out.exists():
-        raise ValueError(f"{out}: exists already; name a new directory")
-
-
-def need_space(directory: Path, size: int) -> None:
-    """Ask whether so many bytes of weights fit on the disk; a directory with nothing but a plan is taken away if not.
-
-    Raises:
-        ValueError: they don't.
-    """
-    free = shutil.disk_usage(directory).free
-    if size + _SPARE_BYTES > free:
-        if [path.name for path in directory.iterdir()] == [_PLAN]:
-            shutil.rmtree(directory)
-        raise ValueError(
-            f"{directory}: {size / 1e9:.1f} GB are to be written, but the disk has {free / 1e9:.1f} GB left"
-        )
-
-
-@contextmanager
-def room(partial: Path) -> Iterator[None]:
-    """Tell a disk that fills up while `partial` is written, which the user can mend, from one that fails.
-
-    Raises:
-        ValueError: it is full.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ValueError(f"{partial}: {error.strerror}; make room and give the same command again") from error
+    places = [str(path.resolve()) for path in (weights.directory, side)]
+    return json.dumps({"source": places, "files": files, "shape": asdict(shape), "shards": cut})
 
 
 def _pieces(weights: Source, entry: Entry) -> Iterator[torch.Tensor]:
@@ -252,9 +186,9 @@ def _pieces(weights: Source, entry: Entry) -> Iterator[torch.Tensor]:
         yield piece.to(entry.dtype)
 
 
-def _add_side_files(side: Path, partial: Path, dtypes: set[torch.dtype], more: Mapping[str, bytes]) -> None:
-    copy_side_files(side, partial)
+def _add_side_files(side: Path, place: Path, dtypes: set[torch.dtype], more: Mapping[str, bytes]) -> None:
+    copy_side_files(side, place)
     if len(dtypes) == 1:
-        name_dtype(partial, next(iter(dtypes)))
+        name_dtype(place, next(iter(dtypes)))
     for name, content in more.items():
-        (partial / name).write_bytes(content)
+        (place / name).write_bytes(content)

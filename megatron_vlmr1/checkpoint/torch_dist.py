@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-from megatron_vlmr1.checkpoint import release, torch_dist_write
+from megatron_vlmr1.checkpoint import partial, release, torch_dist_write
 from megatron_vlmr1.checkpoint.locate import hf_directory
+from megatron_vlmr1.checkpoint.partial import check_new, making, need_space, room
 from megatron_vlmr1.checkpoint.release import Progress
 from megatron_vlmr1.checkpoint.tensorfile import Entry, row_ranges
 from megatron_vlmr1.checkpoint.torch_dist_files import Chunk
@@ -56,18 +57,17 @@ def export_torch_dist(
         ValueError: `out` exists, the checkpoint is damaged or not there, or the disk is too small or fills up.
         OSError: the disk failed; nothing was published.
     """
-    release.check_new(out)
     source = hf_directory(checkpoint)
+    check_new(out, source)
     weights = HfWeights(source)
     weights.check(shape := families.read_shape(source))
     found = parts(shape, prefix)
     entries = _entries(weights, found, shape.text.num_layers, dtype)
     total = sum(entry.nbytes for entry in entries.values())
-    partial = out.with_name(out.name + ".partial")
-    release.begin(partial, f"torch_dist {secrets.token_hex(8)}")  # like no other's, so that none goes on with it
-    release.need_space(partial, total)
-    with release.room(partial):
-        (directory := partial / _RELEASE).mkdir()
+    # A plan like no other's: no attempt goes on with it.
+    with making(out, f"torch_dist {secrets.token_hex(8)}") as place, room(place):
+        need_space(place, total)
+        (directory := place / _RELEASE).mkdir()
         progress(0, total)
         torch_dist_write.write(
             directory,
@@ -78,12 +78,12 @@ def export_torch_dist(
         )
         save_config(CheckpointingConfig("torch_dist", 1), str(directory))
         (directory / "common.pt").write_bytes(_common(shape))
-        (side := partial / _SIDE).mkdir()
+        (side := place / _SIDE).mkdir()
         copy_side_files(source, side)
         if len(dtypes := {entry.dtype for entry in entries.values()}) == 1:
             name_dtype(side, next(iter(dtypes)))
-        (partial / _TRACKER).write_text(_RELEASE, encoding="utf-8")
-        release.finish(partial, out)
+        (place / _TRACKER).write_text(_RELEASE, encoding="utf-8")
+        partial.publish(out)
     return out
 
 
@@ -111,7 +111,7 @@ def import_torch_dist(
         ValueError: `out` exists, the checkpoint is damaged, hostile or of another model, or the disk is too small.
         OSError: the disk failed; nothing was published.
     """
-    release.check_new(out)
+    check_new(out, source)
     directory = torch_dist_directory(source)
     side = _side_files(directory) if config is None else hf_directory(config, check=False)
     weights = MegatronWeights(directory, families.read_shape(side))
@@ -138,8 +138,16 @@ def torch_dist_directory(path: Path) -> Path:
 def _side_files(directory: Path) -> Path:
     for side in (directory / _SIDE, directory.resolve().parent / _SIDE):
         if (side / "config.json").is_file():
+            _check_links(side)
             return side
     raise ValueError(f"{directory}: no {_SIDE}/config.json in or beside it; name the model's with --config HF_DIR")
+
+
+def _check_links(side: Path) -> None:
+    """Refuse links that lead out of the checkpoint: it may be anybody's, and what they lead to would be published."""
+    for entry in side.rglob("*"):
+        if not entry.resolve().is_relative_to(side.resolve()):
+            raise ValueError(f"{entry}: a link out of the checkpoint; name the model's own files with --config HF_DIR")
 
 
 def _common(shape: VlmShape) -> bytes:

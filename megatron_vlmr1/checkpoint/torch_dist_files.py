@@ -113,7 +113,7 @@ class Reader:
         try:
             self.tensors = _tensors(metadata, directory)
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{directory / '.metadata'}: damaged: {error!r}") from error
+            raise ValueError(f"{directory / '.metadata'}: damaged: {repr(error)[:200]}") from error
         self._kept: OrderedDict[Chunk, torch.Tensor] = OrderedDict()
         _check_files(self)
 
@@ -190,8 +190,10 @@ def _index(found: Any) -> Index:
 
 def _place(info: Any, directory: Path) -> Place:
     name, offset, length = info.relative_path, info.offset, info.length
-    if not isinstance(name, str) or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise ValueError(f"{directory / '.metadata'}: names {name!r}, which is not a file of this directory")
+    if not isinstance(name, str):
+        raise TypeError("a file's name is not text")
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{directory / '.metadata'}: names {str(name)[:80]!r}, which is not a file of this directory")
     if getattr(info, "transform_descriptors", None):
         raise ValueError(f"{directory / '.metadata'}: {name} is compressed, which is not supported")
     _index((offset, length))

@@ -35,7 +35,7 @@ _HASH_THREADS = 2
 
 def write(
     directory: Path,
-    entries: Iterable[Entry],
+    entries: Sequence[Entry],
     chunks: Iterable[tuple[Chunk, torch.Tensor]],
     nothing: Sequence[str],
     progress: Callable[[int], None],
@@ -100,7 +100,7 @@ def _digest(values: torch.Tensor) -> bytes:
 
 
 def _metadata(
-    entries: Iterable[Entry],
+    entries: Sequence[Entry],
     boxes: Mapping[str, list[Chunk]],
     nothing: Sequence[str],
     places: dict[MetadataIndex, _StorageInfo],

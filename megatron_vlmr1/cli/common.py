@@ -156,7 +156,11 @@ def find_config(name: str) -> Path:
 
 
 def find_model(name: str) -> Path:
-    """Return a Hugging Face directory: `name` itself, or the package's own ``configs/model/NAME``, without weights."""
+    """Return a Hugging Face directory: `name` itself, or the package's own ``asset:NAME`` or ``configs/model/NAME``."""
+    if name.startswith("asset:"):
+        from megatron_vlmr1.checkpoint.locate import hf_directory
+
+        return hf_directory(name)
     model = re.fullmatch(r"configs/model/([\w.-]+)/?", name, re.ASCII)
     return _shipped_configs() / "model" / model[1] if model and not Path(name).is_dir() else Path(name)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vlmr1.cli.common import byte_progress, byte_size, find_model, print_json
-from megatron_vlmr1.errors import DIFFERS, DONE
+from megatron_vlmr1.errors import BAD_INPUT, DIFFERS, DONE
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from megatron_vlmr1.config import ParallelConfig
 
 _LONG_S = 10**6  # one rank may write for hours while another waits
+
+_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # nothing is computed
 
 _EPILOG = """\
 example:
@@ -61,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
     plan.add_argument("source", help="Hugging Face directory; config.json is enough")
     _add_layout(plan)
     plan.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="type in memory (default: bf16)")
-    plan.add_argument("--json", action="store_true", help="one line of JSON for each part of a tensor on a rank")
+    plan.add_argument("--json", action="store_true", help="one JSON object: every part of a tensor, every rank's bytes")
     plan.set_defaults(run=_plan)
     pickled = parts.add_parser("safetensors", help="make safetensors of pytorch_model*.bin, without running its code")
     pickled.add_argument("source", help="Hugging Face directory with pytorch_model*.bin")
@@ -100,25 +103,52 @@ def _shared_out(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.
     """Let a verb run on `--nproc` ranks, or on those that srun or torchrun started."""
 
     def start(args: argparse.Namespace) -> int:
-        import tempfile
-
-        from megatron_vlmr1.launch.local import rank_command, run_ranks
-        from megatron_vlmr1.runtime import distributed
+        from megatron_vlmr1.launch.local import rank_command
         from megatron_vlmr1.runtime.ranks import identity
 
         if args.nproc < 1:
             raise ValueError(f"--nproc {args.nproc}: at least one process")
-        if identity() is not None:
-            distributed.start(_LONG_S)
-            code = run(args)
-            distributed.stop()
-            return code
-        if args.nproc == 1 or getattr(args, "format", "hf") != "hf":
-            return run(args)
-        with tempfile.TemporaryDirectory(prefix="vlmr1-") as logs:
-            return run_ranks(args.nproc, rank_command(args.words), logs)
+        me = identity()
+        if getattr(args, "format", "hf") == "torch_dist" and (args.nproc > 1 or (me is not None and me.world > 1)):
+            raise ValueError("--format torch_dist writes one file: start one process")
+        if me is None and args.nproc > 1:
+            return _run_ranks(args.nproc, rank_command(args.words))
+        return run(args) if me is None else _as_rank(run, args)
 
     return start
+
+
+def _as_rank(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    os.environ |= _NO_GPU  # before torch is loaded
+    from megatron_vlmr1.runtime import distributed
+
+    distributed.start(_LONG_S)
+    try:
+        return run(args)
+    finally:
+        distributed.stop()
+
+
+def _run_ranks(nproc: int, command: Sequence[str]) -> int:
+    """Run ranks here; their logs stay where one of them crashed."""
+    import shutil
+    import tempfile
+
+    from megatron_vlmr1.launch.local import run_ranks
+
+    logs = tempfile.mkdtemp(prefix="vlmr1-")
+    code = run_ranks(nproc, command, logs, _NO_GPU)
+    if code in (DONE, BAD_INPUT):
+        shutil.rmtree(logs, ignore_errors=True)
+    return code
+
+
+def _say(out: Path) -> None:
+    """Print what was made, on the first rank."""
+    from megatron_vlmr1.runtime import distributed
+
+    if distributed.place()[0] == 0:
+        print(out)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -126,8 +156,6 @@ def _export(args: argparse.Namespace) -> int:
     from megatron_vlmr1.report.card import model_card, run_of
 
     if args.format == "torch_dist":
-        if args.nproc != 1:
-            raise ValueError("--nproc is for safetensors: --format torch_dist writes one file")
         return _export_torch_dist(args)
     if args.prefix is not None:
         raise ValueError("--prefix is for --format torch_dist")
@@ -136,7 +164,7 @@ def _export(args: argparse.Namespace) -> int:
     card = model_card(run, out.name) if run else {}
     with byte_progress("export") as progress:
         export(checkpoint, out, _dtype(args), _shard_bytes(args), card, progress)
-    print(out)
+    _say(out)
     return DONE
 
 
@@ -160,7 +188,7 @@ def _import(args: argparse.Namespace) -> int:
         out = import_torch_dist(
             Path(args.checkpoint), Path(args.out), config, _dtype(args), _shard_bytes(args), progress
         )
-    print(out)
+    _say(out)
     return DONE
 
 
@@ -177,10 +205,9 @@ def _shard_bytes(args: argparse.Namespace) -> int:
 
 
 def _roundtrip(args: argparse.Namespace) -> int:
-    import tempfile
 
     from megatron_vlmr1.checkpoint.convert import check_roundtrip, roundtrip
-    from megatron_vlmr1.launch.local import rank_command, run_ranks
+    from megatron_vlmr1.launch.local import rank_command
     from megatron_vlmr1.runtime.ranks import identity
 
     layout = _layout(args)
@@ -191,8 +218,7 @@ def _roundtrip(args: argparse.Namespace) -> int:
     words = ["convert", "roundtrip", args.source, args.out, "--precision", args.precision]
     words += ["--tp", str(args.tp), "--pp", str(args.pp), "--vp", str(args.vp)]
     words += ["--layers", args.layers] if args.layers is not None else []
-    with tempfile.TemporaryDirectory(prefix="vlmr1-") as logs:
-        code = run_ranks(layout.ranks_of_a_copy, rank_command(words), logs)
+    code = _run_ranks(layout.ranks_of_a_copy, rank_command(words))
     if code == DONE:
         print(args.out)
     return code
@@ -217,14 +243,14 @@ def _plan(args: argparse.Namespace) -> int:
     from megatron_vlmr1.runtime.device import DTYPES
 
     shape, layout = read_shape(find_model(args.source)), _layout(args)
-    coverage = cover(shape, layout)
+    coverage, bytes_each = cover(shape, layout), DTYPES[args.precision].itemsize
     if args.json:
-        for row in mapping_rows(coverage):
-            print_json(row)
+        ranks = [{"parameters": count, "bytes": count * bytes_each} for count in coverage.rank_parameters]
+        print_json({"parts": [*mapping_rows(coverage)], "ranks": ranks})
         return DONE
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(mapping_table(shape, coverage))
-    console.print(rank_table(layout, coverage, DTYPES[args.precision].itemsize))
+    console.print(rank_table(layout, coverage, bytes_each))
     return DONE
 
 

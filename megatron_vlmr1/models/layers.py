@@ -73,7 +73,7 @@ def transformer_config(
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         sequence_parallel=mesh.sequence_parallel,
-        use_cpu_initialization=not device.has_cuda(),
+        use_cpu_initialization=device.device().type != "cuda",
         perform_initialization=False,  # weights always come from a checkpoint
         calculate_per_token_loss=True,  # losses arrive normalised: the schedule must not scale them
         variable_seq_lengths=True,  # packed micro-batches differ in length

@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch._C._distributed_c10d import FakeProcessGroup
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_vlmr1.config import ParallelConfig
 from megatron_vlmr1.runtime import device
@@ -169,6 +167,8 @@ def pretending() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     dist.init_process_group(dist.Backend.FAKE, rank=0, world_size=1, store=FakeStore())
     try:
         yield
@@ -213,8 +213,11 @@ def pretended(cfg: ParallelConfig, tp_rank: int, pp_rank: int) -> Mesh:
 
 
 def _silent_group(rank: int, size: int) -> dist.ProcessGroup:
-    make: Any = FakeProcessGroup  # whose type stubs are behind
-    group: dist.ProcessGroup = make._create_internal(rank, size, make.Options())
+    from torch._C import _distributed_c10d as c10d
+
+    fake: Any = c10d.FakeProcessGroup  # whose type stubs are behind
+    make = getattr(fake, "_create_internal", None)  # torch from 2.10 on, where the constructor is gone
+    group: dist.ProcessGroup = make(rank, size, fake.Options()) if make else fake(rank, size)
     return group
 
 

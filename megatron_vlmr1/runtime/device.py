@@ -40,12 +40,12 @@ def device() -> torch.device:
 def without_memory() -> Iterator[None]:
     """Let models be built that have shapes and no memory."""
     global _nowhere
-    _nowhere = True
+    former, _nowhere = _nowhere, True
     try:
         with torch.device("meta"):
             yield
     finally:
-        _nowhere = False
+        _nowhere = former
 
 
 def name() -> str | None:

@@ -123,7 +123,9 @@ def test_plan_prints_tables(capfd):
 def test_plan_as_json(capfd, tmp_path):
     source = write_random_checkpoint(tmp_path / "model", vocab_size=501)
     assert main(["convert", "plan", str(source), "--tp", "4", "--json"]) == 0
-    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    found = json.loads(capfd.readouterr().out)
+    rows, ranks = found["parts"], found["ranks"]
+    assert len(ranks) == 4 and all(rank["bytes"] == 2 * rank["parameters"] > 0 for rank in ranks)
     embedding = [row for row in rows if row["parameter"] == "embedding.word_embeddings.weight"]
     spans = [(row["tensor"], row["start"], row["stop"], row["rank"]) for row in embedding]
     name = "model.embed_tokens.weight"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_vlmr1.checkpoint import release, tensorfile
+from megatron_vlmr1.checkpoint import partial, release, tensorfile
 from megatron_vlmr1.checkpoint.convert import differences
 from megatron_vlmr1.checkpoint.release import export
 from megatron_vlmr1.checkpoint.tensorfile import Entry
@@ -107,7 +107,7 @@ def test_refusals(source, tmp_path, monkeypatch):
     (tmp_path / "out.partial").mkdir()
     with pytest.raises(ValueError, match="out.partial: exists and is not an interrupted export"):
         export(source, tmp_path / "out")
-    monkeypatch.setattr(release.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(partial.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(ValueError, match="but the disk has 0.0 GB left"):
         export(source, tmp_path / "full")
     assert not (tmp_path / "full").exists()

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_vlmr1.checkpoint import release, tensorfile, torch_dist, torch_dist_files, torch_dist_write
+from megatron_vlmr1.checkpoint import partial, release, tensorfile, torch_dist, torch_dist_files, torch_dist_write
 from megatron_vlmr1.checkpoint.convert import differences
 from megatron_vlmr1.checkpoint.torch_dist import export_torch_dist, import_torch_dist
 from megatron_vlmr1.checkpoint.torch_dist_files import Chunk, Reader
@@ -312,14 +312,14 @@ def test_an_interrupted_import_goes_on(exported, sources, tmp_path, monkeypatch)
 
 def test_refusals(exported, sources, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
-    for call in (export_torch_dist, import_torch_dist):
+    for call, source in ((export_torch_dist, sources / "untied"), (import_torch_dist, exported)):
         with pytest.raises(ValueError, match="there: exists already; name a new directory"):
-            call(exported, tmp_path / "there")
+            call(source, tmp_path / "there")
     (tmp_path / "m.partial").mkdir()
     for call, source in ((export_torch_dist, sources / "untied"), (import_torch_dist, exported)):
         with pytest.raises(ValueError, match="m.partial: exists and is not an interrupted export"):
             call(source, tmp_path / "m")
-    monkeypatch.setattr(release.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(partial.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     for call, source in ((export_torch_dist, sources / "untied"), (import_torch_dist, exported)):
         with pytest.raises(ValueError, match=r"are to be written, but the disk has 0\.0 GB left"):
             call(source, tmp_path / "full")

@@ -71,7 +71,7 @@ def test_files_outside_are_never_opened(damaged, tmp_path, name):
     rewrite(
         damaged / "release", lambda m: vars(m.storage_data[MetadataIndex(EMBEDDING, (0, 0))]).update(relative_path=name)
     )
-    with pytest.raises(ValueError, match="which is not a file of this directory|damaged: AttributeError"):
+    with pytest.raises(ValueError, match="which is not a file of this directory|damaged: (Attribute|Type)Error"):
         import_torch_dist(damaged, tmp_path / "back")
     assert not list(tmp_path.glob("back*"))
 
@@ -110,7 +110,7 @@ DAMAGE: dict[str, tuple[Callable[[Metadata], object], str]] = {
     "huge": (lambda m: chunk_of(m, EMBEDDING, sizes=(1 << 80, 64)), "whole number"),
     "axes": (lambda m: chunk_of(m, EMBEDDING, sizes=(512,)), "another number of axes"),
     "no place": (lambda m: m.storage_data.clear(), "damaged: KeyError"),
-    "no tensors": (lambda m: setattr(m, "state_dict_metadata", 3), "damaged: AttributeError"),
+    "no tensors": (lambda m: setattr(m, "state_dict_metadata", 3), "damaged: (Attribute|Type)Error"),
     "type": (lambda m: setattr(m.state_dict_metadata[EMBEDDING].properties, "dtype", "x"), "the type of"),
     "other type": (
         lambda m: setattr(m.state_dict_metadata[EMBEDDING].properties, "dtype", torch.bfloat16),

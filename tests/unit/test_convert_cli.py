@@ -64,7 +64,10 @@ def test_two_processes_share_the_files_out(capfd, source, megatron, tmp_path):
     [
         ("export {source} {out} --prefix x", "--prefix is for --format torch_dist"),
         ("export {source} {out} --format torch_dist --max-shard-size 1MB", "--max-shard-size is for safetensors"),
-        ("export {source} {out} --format torch_dist --nproc 2", "--nproc is for safetensors"),
+        (
+            "export {source} {out} --format torch_dist --nproc 2",
+            "--format torch_dist writes one file: start one process",
+        ),
         ("export {source} {out} --nproc 0", "--nproc 0: at least one process"),
         ("export {megatron} {out}", "a Megatron checkpoint, of which `vlmr1 convert import"),
         ("verify {megatron} {source}", "a Megatron checkpoint, of which `vlmr1 convert import"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -70,9 +71,19 @@ def read_shape(directory: Path) -> VlmShape:
     if family not in known():
         raise ValueError(f"{path}: model_type {family!r} is not supported; known: {', '.join(known())}")
     try:
-        return _module(family).read_shape(config)
-    except (KeyError, TypeError) as error:
+        shape = _module(family).read_shape(config)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: missing or malformed {error}") from error
+    _check_numbers(shape, path)
+    return shape
+
+
+def _check_numbers(shape: VlmShape, path: Path) -> None:
+    for part in (shape.text, shape.vision):
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if field.type == "int" and (type(value) is not int or value < 1):
+                raise ValueError(f"{path}: missing or malformed {field.name}: {value!r} is not a positive whole number")
 
 
 def aliases(directory: Path) -> tuple[tuple[str, str], ...]:

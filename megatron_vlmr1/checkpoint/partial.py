@@ -1,0 +1,121 @@
+"""A directory in the making: it lies beside its name, one process works on it, and it is named when it is whole."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from megatron_vlmr1.checkpoint import store
+
+_SPARE_BYTES = 1 << 26  # of disk space, for everything but weights
+
+
+def path_of(out: Path) -> Path:
+    """Return where a directory is made."""
+    return out.with_name(out.name + ".partial")
+
+
+def check_new(out: Path, source: Path) -> None:
+    """Refuse a directory that exists, or that would be a part of what it is made of.
+
+    Raises:
+        ValueError: it does, or is.
+    """
+    if out.exists():
+        raise ValueError(f"{out}: exists already; name a new directory")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{out}: lies in {source}, which it is made of; name a directory elsewhere")
+
+
+@contextmanager
+def making(out: Path, plan: str) -> Iterator[Path]:
+    """Make ``OUT.partial``, or go on in what an interrupted attempt with the same plan has left; another's is removed.
+
+    The plan lies beside it in ``OUT.partial.json``, which is locked as long as the block lasts. An error leaves what
+    there is for the next attempt. Call `publish` at the end of the block.
+
+    Raises:
+        ValueError: somebody else is at it, or there is a directory of that name that no attempt has begun.
+    """
+    partial = path_of(out)
+    note = partial.with_name(partial.name + ".json")
+    if partial.exists() and not note.is_file():
+        raise ValueError(f"{partial}: exists and is not an interrupted export; remove it or name another directory")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(f"{out.parent}: not a directory") from error
+    with note.open("a+", encoding="utf-8") as file:
+        _lock(file, out)
+        try:
+            file.seek(0)
+            if file.read() != plan:
+                if partial.exists():
+                    shutil.rmtree(partial)
+                file.truncate(0)
+                file.write(plan)
+                file.flush()
+            partial.mkdir(exist_ok=True)
+            yield partial
+        finally:
+            if partial.exists() and not any(partial.iterdir()):
+                partial.rmdir()
+            if not partial.exists():
+                note.unlink(missing_ok=True)
+
+
+def publish(out: Path) -> None:
+    """Give a finished directory its name.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    partial = path_of(out)
+    store.flush_tree(partial)
+    partial.rename(out)
+
+
+def need_space(directory: Path, size: int) -> None:
+    """Ask whether so many bytes of weights fit on the disk.
+
+    Raises:
+        ValueError: they don't.
+    """
+    free = shutil.disk_usage(directory).free
+    if size + _SPARE_BYTES > free:
+        raise ValueError(
+            f"{directory}: {size / 1e9:.1f} GB are to be written, but the disk has {free / 1e9:.1f} GB left"
+        )
+
+
+@contextmanager
+def room(partial: Path) -> Iterator[None]:
+    """Tell a disk that fills up while `partial` is written, which the user can mend, from one that fails.
+
+    Raises:
+        ValueError: it is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(f"{partial}: {error.strerror}; make room and give the same command again") from error
+
+
+def _lock(file: IO[str], out: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{out}: another process is making it") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):  # file systems without locks
+            raise
+    if os.fstat(file.fileno()).st_nlink == 0:  # that other process finished between opening and locking
+        raise ValueError(f"{out}: another process has made it")
