@@ -24,7 +24,7 @@ DTYPES = {
     "F16": torch.float16,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_READ_BYTES = 1 << 24
+_READ_BYTES = 1 << 20  # memory of larger ones is taken from the system anew each time
 _HASH_THREADS = 2
 
 

@@ -28,7 +28,7 @@ from megatron_vlmr1.checkpoint.writer import MAX_SHARD_BYTES, copy_side_files, n
 from megatron_vlmr1.models import families
 from megatron_vlmr1.models.shape import VlmShape
 
-_PIECE_BYTES = 1 << 25
+_PIECE_BYTES = 1 << 24
 _TRACKER = "latest_checkpointed_iteration.txt"
 _SIDE = "huggingface"
 _RELEASE = "release"

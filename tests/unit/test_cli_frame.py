@@ -223,3 +223,12 @@ def test_find_config_prefers_the_users_file(tmp_path, monkeypatch):
     for name in ("nothing.yaml", "configs/nothing.yaml", "../setup.cfg", "configs/../../setup.cfg"):
         with pytest.raises(ValueError, match="no such config file; the package has"):
             find_config(name)
+
+
+def test_a_rank_that_failed_leaves_with_its_code():
+    program = (
+        "import atexit; from megatron_vlmr1.runtime import distributed; from megatron_vlmr1.cli.__main__ import leave\n"
+        "distributed.start(60); atexit.register(print, 'at exit'); print('before'); leave(17)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (17, "before\nat exit\n"), done.stderr
