@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_vlmr1.checkpoint import store, weights, writer
 from megatron_vlmr1.checkpoint.locate import hf_directory
-from megatron_vlmr1.checkpoint.partial import check_new, need_space
+from megatron_vlmr1.checkpoint.partial import check_new, need_space, room
 from megatron_vlmr1.checkpoint.tensorfile import as_bytes
 from megatron_vlmr1.checkpoint.weights import HfWeights
 from megatron_vlmr1.config import ParallelConfig, RecomputeConfig
@@ -25,7 +26,8 @@ def roundtrip(source: Path, out: Path, layout: ParallelConfig, precision: str) -
     """Load on all ranks of a layout and save through the checkpoint writer; called by each rank.
 
     Raises:
-        ValueError: the source or the layout does not fit.
+        ValueError: the source or the layout does not fit, or the disk fills up.
+        OSError: the disk failed. Either way there is no `out`, and nothing of it beside.
     """
     with joined(layout, seed=0) as mesh:
         directory = hf_directory(source, check=mesh.rank == 0)
@@ -37,10 +39,19 @@ def roundtrip(source: Path, out: Path, layout: ParallelConfig, precision: str) -
         if mesh.rank == 0:
             temporary.mkdir(parents=True)
         dist.barrier()
-        writer.save(chunks, directory, temporary)
-        if mesh.rank == 0:
+
+        def publish() -> None:
             store.flush_tree(temporary)
             temporary.rename(out)
+
+        try:
+            with room(out):
+                writer.save(chunks, directory, temporary)
+                distributed.together(publish, only_first=True)
+        except (OSError, ValueError):
+            if mesh.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def check_roundtrip(source: Path, out: Path, precision: str) -> None:

@@ -95,18 +95,19 @@ def need_space(directory: Path, size: int) -> None:
 
 
 @contextmanager
-def room(partial: Path) -> Iterator[None]:
-    """Tell a disk that fills up while `partial` is written, which the user can mend, from one that fails.
+def room(directory: Path) -> Iterator[None]:
+    """Tell a disk that fills up while `directory` is written, which the user can mend, from one that fails.
 
     Raises:
         ValueError: it is full.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except OSError as error:  # known by its text: what a library or another rank has passed on has no number
+        full = [text for number in (errno.ENOSPC, errno.EDQUOT) if (text := os.strerror(number)) in str(error)]
+        if not full:
             raise
-        raise ValueError(f"{partial}: {error.strerror}; make room and give the same command again") from error
+        raise ValueError(f"{directory}: {full[0]}; make room and give the same command again") from error
 
 
 def _lock(file: IO[str], out: Path) -> None:

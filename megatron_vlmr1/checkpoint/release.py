@@ -116,7 +116,8 @@ def publish(
     with ExitStack() as held:
 
         def start() -> None:
-            held.enter_context(making(out, _plan(weights, side, shape, shards)))
+            with room(place):
+                held.enter_context(making(out, _plan(weights, side, shape, shards)))
             need_space(place, _bytes(_missing(files)))
 
         def write() -> None:

@@ -65,7 +65,7 @@ def export_torch_dist(
     entries = _entries(weights, found, shape.text.num_layers, dtype)
     total = sum(entry.nbytes for entry in entries.values())
     # A plan like no other's: no attempt goes on with it.
-    with making(out, f"torch_dist {secrets.token_hex(8)}") as place, room(place):
+    with room(partial.path_of(out)), making(out, f"torch_dist {secrets.token_hex(8)}") as place:
         need_space(place, total)
         (directory := place / _RELEASE).mkdir()
         progress(0, total)

@@ -81,7 +81,9 @@ def _append(values: torch.Tensor, file: Any) -> None:
         values = values.clone()  # a view would be saved with all that it is a view of
     try:
         torch.save(values, file)
-    except RuntimeError as error:  # what a full disk becomes in torch's writer
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch's writer hides what the disk said as it leaves
+            raise error.__context__ from None
         raise OSError(f"{file.name}: cannot be written: {' '.join(str(error).split())[:300]}") from error
 
 
