@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import torch
 
@@ -26,6 +27,7 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _READ_BYTES = 1 << 20  # memory of larger ones is taken from the system anew each time
 _HASH_THREADS = 2
+_FLUSH_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,41 @@ def write(
     head = header(entries)
     meant: list[tuple[int, bytes]] = []
     done = -len(head)
-    with ThreadPoolExecutor(1) as pool, temporary.open("wb") as out:
+    with ThreadPoolExecutor(1) as pool, temporary.open("wb") as out, flushed(out) as flush_early:
         for data in chain([memoryview(head)], ahead(_blocks(entries, pieces))):
             digest = pool.submit(_sha256, data)
             out.write(data)
             meant.append((len(data), digest.result()))
+            flush_early()
             progress(done := done + len(data))
-        out.flush()
-        os.fsync(out.fileno())
     if not _holds(temporary, meant):
         raise OSError(f"{temporary}: the disk gave back other bytes than were written")
     temporary.rename(path)
+
+
+@contextmanager
+def flushed(file: IO[bytes]) -> Iterator[Callable[[], None]]:
+    """Flush a file to the disk at the end of the block, and again and again before, so that little is left then.
+
+    What is yielded is to be called after each piece.
+    """
+    flushing: Future[None] | None = None
+    since = file.tell()
+
+    def early() -> None:
+        nonlocal flushing, since
+        if file.tell() - since >= _FLUSH_BYTES and (flushing is None or flushing.done()):
+            if flushing is not None:
+                flushing.result()
+            file.flush()
+            flushing, since = pool.submit(os.fdatasync, file.fileno()), file.tell()
+
+    with ThreadPoolExecutor(1) as pool:
+        yield early
+        if flushing is not None:
+            flushing.result()
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_vlmr1.checkpoint.tensorfile import Entry, ahead, as_bytes
+from megatron_vlmr1.checkpoint.tensorfile import Entry, ahead, as_bytes, flushed
 from megatron_vlmr1.checkpoint.torch_dist_files import Chunk, Reader, load
 
 _FILE = "__0_0.distcp"
@@ -57,7 +57,7 @@ def write(
     boxes: dict[str, list[Chunk]] = {entry.name: [] for entry in entries}
     meant: dict[Chunk, bytes] = {}
     done = 0
-    with ThreadPoolExecutor(1) as pool, (directory / _FILE).open("wb") as file:
+    with ThreadPoolExecutor(1) as pool, (directory / _FILE).open("wb") as file, flushed(file) as flush_early:
         file.write(none)
         for chunk, values in ahead(chunks):
             assert tuple(values.shape) == chunk.size
@@ -68,11 +68,10 @@ def write(
             places[index] = _StorageInfo(_FILE, offset, file.tell() - offset)
             boxes[chunk.key].append(chunk)
             meant[chunk] = digest.result()
+            flush_early()
             progress(done := done + values.nbytes)
-        _flush(file)
-    with (directory / ".metadata").open("wb") as file:
+    with (directory / ".metadata").open("wb") as file, flushed(file):
         pickle.dump(_metadata(entries, boxes, nothing, places), file)
-        _flush(file)
     _check(directory, meant, none)
 
 
@@ -90,11 +89,6 @@ def _append(values: torch.Tensor, file: Any) -> None:
 def _saved_none() -> bytes:
     torch.save([None], buffer := io.BytesIO())  # a list, as megatron-core saves objects
     return buffer.getvalue()
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _digest(values: torch.Tensor) -> bytes:
