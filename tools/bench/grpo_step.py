@@ -57,8 +57,7 @@ def run_case(name: str, root: Path, args: argparse.Namespace) -> common.Case:
     setting = (
         f"{PROMPTS} prompts, images of {SIDE} x {SIDE} (256 image tokens), x {GENERATIONS}, {NEW_TOKENS} new tokens, "
         f"beta {BETAS[name]:g} (ours {beta:g}), vocabulary 512, fp32, IoU + format; each side 2 processes x 1 thread: "
-        f"ours TP=1 DP=2, TRL DDP over gloo; median of {args.our_steps} (ours) and {args.their_steps} (TRL) steady steps "
-        "a job"
+        f"ours TP=1 DP=2, TRL DDP over gloo; median of {args.our_steps} (ours) and {args.their_steps} (TRL) steps a job"
     )
     return common.case(name, pairs, "completions/s", setting, more_is_better=True)
 
