@@ -14,6 +14,16 @@ DIVISORS = {"3b": 16, "7b": 32, "32b": 64, "72b": 64}  # of all widths
 TOWER = {"depth": 32, "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112}
 
 
+def layout(tp: int = 1, pp: int = 1, vp: int = 1, layers: list[int] | None = None) -> config.ParallelConfig:
+    """Return a layout by its sizes."""
+    return config.ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vp,
+        pipeline_layers=layers,
+    )
+
+
 def path(size: str) -> Path:
     """Return the recipe's file."""
     return ROOT / "configs" / "recipe" / f"{size}.yaml"

@@ -6,6 +6,7 @@ import secrets
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
 from megatron_vlmr1.checkpoint import store, weights, writer
@@ -91,7 +92,7 @@ def _difference(a: HfWeights, b: HfWeights, name: str) -> str:
     same, largest = True, 0.0
     pieces = (side.pieces(name, _PIECE * entry.dtype.itemsize) for side, entry in ((a, x), (b, y)))
     for p, q in zip(*pieces, strict=True):
-        if x.dtype == y.dtype and as_bytes(p) == as_bytes(q):
+        if x.dtype == y.dtype and np.array_equal(as_bytes(p), as_bytes(q)):
             continue
         same = False
         largest = max(largest, float((p.double() - q.double()).abs().max()), key=lambda v: (v != v, v))

@@ -5,21 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vlmr1.models import families
-from megatron_vlmr1.models.pieces import Block, Piece
+from megatron_vlmr1.models.pieces import OF_A_LAYER, Block, Piece
 from megatron_vlmr1.models.shape import VlmShape
 
 LANGUAGE_PREFIX = "language_model."
 
 _LAYERS = "decoder.layers."
-_OF_A_LAYER = (
-    "input_layernorm.weight",
-    "self_attention.linear_qkv.weight",
-    "self_attention.linear_qkv.bias",
-    "self_attention.linear_proj.weight",
-    "pre_mlp_layernorm.weight",
-    "mlp.linear_fc1.weight",
-    "mlp.linear_fc2.weight",
-)
 # Transformer Engine fuses a norm with the linear layer behind it; megatron-core writes its name in either case.
 _FUSED = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -92,7 +83,7 @@ def parts(shape: VlmShape, prefix: str = LANGUAGE_PREFIX) -> list[Part]:
         return Part(prefix, name, layer, (rows, *sizes[str(blocks[0][0])][1:]), blocks)
 
     out = [part(EMBEDDING)]
-    out += [part(name, layer) for layer in range(text.num_layers) for name in _OF_A_LAYER]
+    out += [part(name, layer) for layer in range(text.num_layers) for name in OF_A_LAYER]
     out += [part("decoder.final_layernorm.weight")] + ([] if text.tied else [part(_OUTPUT)])
     for name, size in sizes.items():
         if name.startswith(family.VISION_PREFIX):

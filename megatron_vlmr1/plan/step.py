@@ -9,19 +9,9 @@ from itertools import accumulate
 
 from megatron_vlmr1.config import Config, ParallelConfig, decoding_layout
 from megatron_vlmr1.models import families
-from megatron_vlmr1.models.pieces import Piece
+from megatron_vlmr1.models.pieces import OF_A_LAYER, Piece
 from megatron_vlmr1.models.shape import VlmShape
 from megatron_vlmr1.telemetry.flops import causal_pairs, language_flops
-
-_LAYER = (
-    "input_layernorm.weight",
-    "self_attention.linear_qkv.weight",
-    "self_attention.linear_qkv.bias",
-    "self_attention.linear_proj.weight",
-    "pre_mlp_layernorm.weight",
-    "mlp.linear_fc1.weight",
-    "mlp.linear_fc2.weight",
-)
 
 
 @dataclass(frozen=True)
@@ -145,7 +135,7 @@ def _parameters(shape: VlmShape, tp: int, pp: int, stage: int, layers: list[int]
     names: list[tuple[str, int | None]] = []
     if stage == 0:
         names.append(("embedding.word_embeddings.weight", None))
-    names += [(name, i) for i in layers for name in _LAYER]
+    names += [(name, i) for i in layers for name in OF_A_LAYER]
     if stage == pp - 1:
         names.append(("decoder.final_layernorm.weight", None))
         if not shape.text.tied or pp > 1:

@@ -15,26 +15,17 @@ from safetensors.torch import load_file, save_file
 from megatron_vlmr1.checkpoint.convert import differences
 from megatron_vlmr1.checkpoint.coverage import cover
 from megatron_vlmr1.cli.main import main
-from megatron_vlmr1.config import ParallelConfig
 from megatron_vlmr1.models import families
 from megatron_vlmr1.models.families import published_name, read_shape
 from megatron_vlmr1.models.families.qwen2_5_vl import ALIASES
 from megatron_vlmr1.parallel import mesh as meshes
 from tests import recipes
 from tests.checkpoints import write_random_checkpoint
+from tests.recipes import layout
 
 POWERS = (1, 2, 4, 8)
 LEGAL = {"3b": 12, "7b": 9, "32b": 16, "72b": 16}  # of TP and PP of 1, 2, 4 and 8, with equal shares of layers
 PARAMETERS = {"3b": 3_754_622_976, "7b": 8_292_166_656, "32b": 33_452_718_336, "72b": 73_410_777_344}
-
-
-def layout(tp: int = 1, pp: int = 1, vp: int = 1, layers: list[int] | None = None) -> ParallelConfig:
-    return ParallelConfig(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vp,
-        pipeline_layers=layers,
-    )
 
 
 @pytest.fixture(scope="module", params=recipes.SIZES)

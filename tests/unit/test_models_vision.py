@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vlmr1.config import ParallelConfig
 from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.models.vision import encode, patch_cost, share_out
 from tests.checkpoints import plain_model, random_image, write_random_checkpoint
 from tests.distributed import ranks, work
+from tests.recipes import layout
 
 GRIDS = [(1, 8, 8), (1, 2, 2), (1, 20, 10), (1, 4, 6), (1, 2, 18), (1, 6, 10)]
 
@@ -55,15 +55,6 @@ def test_cost_of_full_attention_grows_with_the_square(directory):
     assert 4 * small < large < 16 * small
     windowed = replace(shape, full_attention_blocks=())
     assert patch_cost(windowed, (1, 80, 80)) == 4 * patch_cost(windowed, (1, 40, 40))
-
-
-def layout(tp: int = 1, pp: int = 1, vp: int = 1, layers: list[int] | None = None) -> ParallelConfig:
-    return ParallelConfig(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vp,
-        pipeline_layers=layers,
-    )
 
 
 @pytest.mark.parametrize(
