@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Compat = Literal["none", "vlm-r1"]
+Family = Literal["qwen2_5_vl", "internvl", "glm"]
 
 MAX_TEXT_BYTES = 256 * 1024
 """A default reward refuses longer texts (UTF-8) with the failure `too_long`; it never cuts them."""
@@ -20,13 +21,19 @@ class RewardFailure(Exception):
 
 @dataclass(frozen=True)
 class RewardItem:
-    """One completion and what it is judged against. Only text and small integers: it goes over a socket as it is."""
+    """One completion and what it is judged against. Only text and small integers: it goes over a socket as it is.
+
+    `family` matters in the published rewards only, which differ between models: coordinates of Qwen2.5-VL are pixels of
+    the resized image, those of the others pixels of the original.
+    """
 
     completion: str
     solution: str
     image_size: tuple[int, int] | None = None  # (width, height) of the original image, pixels
     grid_thw: tuple[int, int, int] | None = None  # patches the vision tower saw; None: coordinates are original pixels
     compat: Compat = "none"  # vlm-r1: the published value, quirks included
+    family: Family = "qwen2_5_vl"  # whose published rules are followed
+    num_tokens: int | None = None  # length of the completion; the length reward needs it
 
     @classmethod
     def parse(cls, raw: object) -> RewardItem:
@@ -47,7 +54,9 @@ class RewardItem:
             solution=_text(raw, "solution"),
             image_size=(size[0], size[1]) if size else None,
             grid_thw=(grid[0], grid[1], grid[2]) if grid else None,
-            compat=_compat(raw),
+            compat=_one_of(raw, "compat", "none", get_args(Compat)),
+            family=_one_of(raw, "family", "qwen2_5_vl", get_args(Family)),
+            num_tokens=_integer(raw, "num_tokens"),
         )
 
     def to_wire(self) -> dict[str, Any]:
@@ -73,13 +82,20 @@ def _text(raw: Mapping[Any, Any], key: str) -> str:
     return value
 
 
-def _compat(raw: Mapping[Any, Any]) -> Compat:
-    match raw.get("compat"):
-        case None | "none":
-            return "none"
-        case "vlm-r1":
-            return "vlm-r1"
-    raise ValueError("compat must be none or vlm-r1")
+def _one_of(raw: Mapping[Any, Any], key: str, default: str, known: tuple[str, ...]) -> Any:
+    value = raw.get(key)
+    if value is None:
+        return default
+    if value not in known:
+        raise ValueError(f"{key} must be one of {', '.join(known)}")
+    return value
+
+
+def _integer(raw: Mapping[Any, Any], key: str) -> int | None:
+    value = raw.get(key)
+    if value is not None and (type(value) is not int or not 0 <= value <= _LARGEST):
+        raise ValueError(f"{key} must be an integer, not negative")
+    return value
 
 
 def _integers(raw: Mapping[Any, Any], key: str, count: int) -> list[int] | None:

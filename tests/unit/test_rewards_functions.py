@@ -340,7 +340,7 @@ def test_unknown_names() -> None:
         ({"completion": "", "solution": "", "image_size": [1, True]}, "image_size must be 2 integers"),
         ({"completion": "", "solution": "", "grid_thw": [1, -2, 3]}, "grid_thw must be 3 integers"),
         ({"completion": "", "solution": "", "grid_thw": [1, 2, 10**30]}, "grid_thw must be 3 integers"),
-        ({"completion": "", "solution": "", "compat": "other"}, "compat must be none or vlm-r1"),
+        ({"completion": "", "solution": "", "compat": "other"}, "compat must be one of none, vlm-r1"),
     ],
 )
 def test_item_is_validated(raw: Any, message: str) -> None:
