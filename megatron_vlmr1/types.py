@@ -61,6 +61,7 @@ class Prompt:
     images: tuple[ImagePatches, ...]
     question: str
     truth: str
+    accuracy: str | None = None  # name of the row's own accuracy reward
 
     @property
     def next_position(self) -> int:

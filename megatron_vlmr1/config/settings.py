@@ -262,7 +262,8 @@ class RewardsConfig(Section):
     """What is rewarded, and the processes that compute it."""
 
     weights: dict[str, NonNegativeFloat] = {}
-    """Weight of each named reward; the task's own recipe when empty."""
+    """Weight of each named reward; the task's own recipe when empty. `accuracy` is the one that a row names in its
+    `accu_reward_method`, else the task's."""
     compat: Literal["none", "vlm-r1"] = "none"
     """vlm-r1 reproduces the published functions, quirks included."""
     workers: PositiveInt = 2
@@ -330,7 +331,8 @@ class Config(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of parameters and activations; the optimizer keeps fp32 masters."""
     task: str = "rec"
-    """Prompt template, answer parser, reward recipe and metric."""
+    """Prompt template, answer parser, reward recipe and metrics: a name, or the path of your own Python file of them,
+    which is executed."""
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_vlmr1.data.images import ImageProcessor
+from megatron_vlmr1.data.rows import METHOD
 from megatron_vlmr1.data.tokens import VisionTokens, encode
 from megatron_vlmr1.models.mrope import mrope_positions
 from megatron_vlmr1.types import Damage, ImagePatches, IntArray, Prompt, Sample
@@ -75,7 +76,9 @@ class PromptBuilder:
         spec = self._spec
         grids = [image.grid_thw for image in images]
         positions = mrope_positions(token_ids, grids, spec.image_token_id, spec.spatial_merge_size)
-        return Prompt(position, sample.key, token_ids, positions, images, sample.question, sample.solution)
+        method = sample.extra.get(METHOD)
+        accuracy = method if isinstance(method, str) else None
+        return Prompt(position, sample.key, token_ids, positions, images, sample.question, sample.solution, accuracy)
 
     def _token_ids(self, text: str, images: tuple[ImagePatches, ...]) -> IntArray:
         head, before, after, tail = self._frame(len(images))

@@ -15,6 +15,7 @@ from megatron_vlmr1.data import images
 
 MAX_LINE_BYTES = 16 << 20
 MAX_IMAGE_BYTES = 256 << 20
+METHOD = "accu_reward_method"  # VLM-R1's name for a row's own accuracy reward
 _OWN_KEYS = frozenset({"image", "conversations"})
 
 

@@ -22,7 +22,6 @@ from megatron_vlmr1.data.index import Progress
 REJECTED = "rejected.jsonl"
 _TAR_BLOCK = 512
 _OWNER = "vlmr1"
-_METHOD = "accu_reward_method"  # VLM-R1's name for a row's own reward
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ def build(
         shutil.rmtree(work)
         raise
     if tally.own_methods:
-        logger.warning("%d rows name their %s, which is ignored: the task's rewards count", tally.own_methods, _METHOD)
+        logger.warning("%d rows name their %s, which counts only in a recipe with `accuracy`", tally.own_methods, rows.METHOD)
     return {
         "out": str(out),
         "samples": tally.samples,
@@ -161,7 +160,7 @@ def _write(sources: list[tuple[Path, Path]], work: Path, shard_bytes: int, progr
         try:
             row = rows.parse(line)
             writer.add(row, [rows.load_image(root, name) for name in row.images])
-            tally.own_methods += _METHOD in row.extra
+            tally.own_methods += rows.METHOD in row.extra
         except rows.BadRow as error:
             tally.rejected.append({"file": str(path), "line": number, "reason": str(error)})
         if progress:

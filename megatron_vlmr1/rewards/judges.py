@@ -8,16 +8,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 
 from megatron_vlmr1.config import RewardsConfig
 from megatron_vlmr1.parallel.mesh import Mesh
-from megatron_vlmr1.rewards import functions, tasks
+from megatron_vlmr1.rewards import tasks
 from megatron_vlmr1.rewards.client import RewardClient
-from megatron_vlmr1.rewards.item import Compat
+from megatron_vlmr1.rewards.item import Compat, Family
 from megatron_vlmr1.rewards.service import RewardService
 from megatron_vlmr1.rewards.task import Task
 from megatron_vlmr1.runtime import device, distributed
@@ -34,7 +34,9 @@ class Judges:
     then share what they know.
     """
 
-    def __init__(self, address: str, task: Task, cfg: RewardsConfig, mesh: Mesh, asks: bool, timeout_s: float) -> None:
+    def __init__(
+        self, address: str, task: Task, cfg: RewardsConfig, mesh: Mesh, asks: bool, timeout_s: float, family: Family
+    ) -> None:
         """Connect.
 
         Args:
@@ -44,20 +46,23 @@ class Judges:
             mesh: the ranks of training.
             asks: whether this rank asks for what it generates.
             timeout_s: of the collectives in which other ranks wait for us.
+            family: of the model, whose published rules the published rewards follow.
         """
         self.task, self.mesh = task, mesh
         self.compat: Compat = cfg.compat
+        self.family = family
         self.weights = dict(cfg.weights or task.recipe)
         self._cfg, self._longest_s = cfg, 0.8 * timeout_s
         self._client = RewardClient(address) if asks and address else None
-        self._asked: list[tuple[int, int]] = []
+        self._asked: dict[tuple[int, int], Prompt] = {}
 
     def submit(self, index: int, number: int, prompt: Prompt, completion: Completion) -> None:
         """Ask for the score of completion `number` of group `index`; returns at once, on all ranks."""
         if self._client is not None:
-            item = self.task.item(completion.text, prompt, self.compat)
-            self._asked.append((index, number))
-            self._client.submit(f"{index}/{number}", item, self.weights)
+            length = len(completion.token_ids)
+            item = self.task.item(completion.text, prompt, self.compat, length, self.family)
+            self._asked[index, number] = prompt
+            self._client.submit(f"{index}/{number}", item, self.task.weights(self.weights, prompt))
             self._client.poll()
 
     def collect(self, groups: Sequence[Group]) -> list[Group]:
@@ -68,8 +73,11 @@ class Judges:
             worst_s = 30.0 + 2 * self._cfg.deadline_s * -(-len(self._asked) // self._cfg.workers)
             ids = [f"{i}/{j}" for i, j in self._asked]
             found = self._client.collect(ids, min(worst_s, self._longest_s))
-            scores = dict(zip(self._asked, (found[name] for name in ids), strict=True))
-            self._asked = []
+            scores = {
+                place: self._named(found[name], prompt)
+                for name, (place, prompt) in zip(ids, self._asked.items(), strict=True)
+            }
+            self._asked = {}
             self._log_failures(list(scores.values()))
         return self._shared(groups, scores)
 
@@ -81,6 +89,12 @@ class Judges:
         """Disconnect."""
         if self._client is not None:
             self._client.close()
+
+    def _named(self, score: Score, prompt: Prompt) -> Score:
+        """Give the parts the recipe's names instead of the functions'."""
+        if score.value is None:
+            return score
+        return replace(score, parts={name: score.parts[self.task.reward(name, prompt)] for name in self.weights})
 
     def _log_failures(self, scores: list[Score]) -> None:
         failures = Counter(s.failure for s in scores if s.failure is not None)
@@ -122,7 +136,14 @@ def _score(row: list[float], names: list[str], own: Score | None) -> Score:
 
 @contextmanager
 def judges(
-    cfg: RewardsConfig, task: str, mesh: Mesh, asks: bool, log_dir: Path, timeout_s: float, serve: bool = True
+    cfg: RewardsConfig,
+    task: str,
+    mesh: Mesh,
+    asks: bool,
+    log_dir: Path,
+    timeout_s: float,
+    model_type: str,
+    serve: bool = True,
 ) -> Iterator[Judges]:
     """Start a reward service on each node's first rank and connect the ranks that ask to their own node's.
 
@@ -131,15 +152,20 @@ def judges(
     Raises:
         ValueError: an unknown task or reward, or settings that the service refuses.
     """
-    known = tasks.get(task)
-    for name in cfg.weights:
-        functions.get(name)
+    tasks.check(task, cfg.weights)
+    files = [Path(path) for path in tasks.files(task)]
     with ExitStack() as stack:
         me = identity()
         local_rank = me.local_rank if me else 0
         starts = serve and local_rank == 0
-        address = stack.enter_context(RewardService(cfg, log_dir)).address if starts else ""
+        address = stack.enter_context(RewardService(cfg, log_dir, files)).address if starts else ""
         address = distributed.from_node_leader(address, local_rank)
-        asked = Judges(address, known, cfg, mesh, asks, timeout_s)
+        asked = Judges(address, tasks.get(task), cfg, mesh, asks, timeout_s, _family(model_type))
         stack.callback(asked.close)
         yield asked
+
+
+def _family(model_type: str) -> Family:
+    """The family in the rewards' words of a model's `model_type`, such as glm of glm4v."""
+    found: Family = next(family for family in get_args(Family) if model_type.startswith(family))
+    return found

@@ -8,7 +8,7 @@ from megatron_vlmr1.checkpoint.locate import hf_directory
 from megatron_vlmr1.config import Config, decoding_layout
 from megatron_vlmr1.data.index import ShardSet
 from megatron_vlmr1.models.families import read_shape
-from megatron_vlmr1.rewards import functions, tasks
+from megatron_vlmr1.rewards import tasks
 
 
 def check_inputs(cfg: Config, world: int, trains: bool = True) -> None:
@@ -22,9 +22,7 @@ def check_inputs(cfg: Config, world: int, trains: bool = True) -> None:
     Raises:
         ValueError: one line that names the key, file or directory.
     """
-    tasks.get(cfg.task)
-    for name in cfg.rewards.weights:
-        functions.get(name)
+    tasks.check(cfg.task, cfg.rewards.weights)
     shape = read_shape(hf_directory(cfg.model.path, check=False))
     shape.check_layout(cfg.parallel)
     if (layout := decoding_layout(cfg)) is not None:

@@ -78,7 +78,10 @@ class Run:
         self.feed = self._feed(int(progress.get("consumed_samples", 0)))
         self.feed.skipped = int(progress.get("skipped", 0))
         asks, timeout_s, serve = self.actor.engine.speaks, cfg.parallel.timeout_s, not self.replays
-        self.judges = stack.enter_context(judges(cfg.rewards, cfg.task, mesh, asks, self.log_dir, timeout_s, serve))
+        family = self.actor.policy.shape.family
+        self.judges = stack.enter_context(
+            judges(cfg.rewards, cfg.task, mesh, asks, self.log_dir, timeout_s, family, serve)
+        )
         self.timers = PhaseTimers(torch.cuda.synchronize if torch.cuda.is_available() else None)
         self.metrics = MetricsWriter(self.run_dir) if mesh.rank == 0 else None
         if self.metrics is not None:

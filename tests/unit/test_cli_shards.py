@@ -89,7 +89,7 @@ def test_a_reward_method_of_a_row_is_not_ignored_in_silence(rows: Path, capsys: 
     (rows / "rows.jsonl").write_text(text)
     assert build(rows) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
-    assert "1 rows name their accu_reward_method, which is ignored" in line
+    assert "1 rows name their accu_reward_method, which counts" in line
 
 
 @pytest.mark.parametrize(

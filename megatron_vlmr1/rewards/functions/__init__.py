@@ -41,7 +41,7 @@ def get(name: str, files: tuple[str, ...] = ()) -> RewardFunction:
         assert callable(function)
         return function
     for path in files:
-        function = getattr(_load(path), name, None)
+        function = getattr(load_file(path), name, None)
         if callable(function) and not name.startswith("_"):
             return function
     where = f" and none in {', '.join(files)}" if files else ""
@@ -49,7 +49,12 @@ def get(name: str, files: tuple[str, ...] = ()) -> RewardFunction:
 
 
 @functools.cache
-def _load(path: str) -> ModuleType:
+def load_file(path: str) -> ModuleType:
+    """Execute a user's Python file and return what it defines.
+
+    Raises:
+        ValueError: it is no Python file. What the file itself raises is passed on.
+    """
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path}: not a Python file")

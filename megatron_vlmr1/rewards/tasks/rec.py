@@ -6,14 +6,9 @@ from megatron_vlmr1.rewards import answers, boxes
 from megatron_vlmr1.rewards.boxes import Box
 from megatron_vlmr1.rewards.functions import format as format_reward
 from megatron_vlmr1.rewards.functions import iou as iou_reward
-from megatron_vlmr1.rewards.task import Task
+from megatron_vlmr1.rewards.item import RewardFailure
+from megatron_vlmr1.rewards.task import INSTRUCTION, Objects, Task
 from megatron_vlmr1.types import Prompt
-
-# VLM-R1's template; the instruction is part of the method.
-TEMPLATE = (
-    "{question} First output the thinking process in <think> </think> tags and then output the final answer in "
-    "<answer> </answer> tags. Output the final answer in JSON format."
-)
 
 
 def parse(text: str, prompt: Prompt) -> Box | None:
@@ -25,22 +20,49 @@ def parse(text: str, prompt: Prompt) -> Box | None:
     return boxes.to_original(box, prompt.images[0].grid_thw, prompt.images[0].size)
 
 
-def metrics(text: str, prompt: Prompt) -> dict[str, float]:
-    """Return the overlap, whether it exceeds one half, and whether the text is well formed.
+def objects(text: str, prompt: Prompt) -> Objects:
+    """Return the answered and the true box.
+
+    Raises:
+        RewardFailure: the truth holds no box.
+    """
+    predicted, true = parse(text, prompt), answers.box(prompt.truth)
+    if true is None:
+        raise RewardFailure("the solution holds no box [x1, y1, x2, y2]")
+    return Objects(((predicted, ""),) if predicted is not None else (), ((true, ""),))
+
+
+def metrics(text: str, prompt: Prompt) -> dict[str, float | None]:
+    """Return the overlap, whether it exceeds .5 and .75, its value where there is a box, and the format.
 
     Raises:
         RewardFailure: the truth holds no box, or the text is too long.
     """
     item = TASK.item(text, prompt)
     overlap = iou_reward.score(item)
-    return {"iou": overlap, "acc50": float(overlap > 0.5), "format": format_reward.score(item)}
+    return {
+        "iou": overlap,
+        "acc50": float(overlap > 0.5),
+        "acc75": float(overlap > 0.75),
+        "iou_parsed": None if parse(text, prompt) is None else overlap,
+        "format": format_reward.score(item),
+    }
 
 
 TASK = Task(
     name="rec",
-    template=TEMPLATE,
+    template="{question} " + INSTRUCTION + " Output the final answer in JSON format.",
     recipe={"iou": 1.0, "format": 1.0},
     parse=parse,
     metrics=metrics,
-    aggregates={"acc50": "acc50", "iou_mean": "iou", "format_rate": "format"},
+    aggregates={
+        "acc50": "acc50",
+        "acc75": "acc75",
+        "iou_mean": "iou",
+        "iou_parsed": "iou_parsed",
+        "format_rate": "format",
+    },
+    accuracy="iou",
+    worst_by="iou",
+    objects=objects,
 )
