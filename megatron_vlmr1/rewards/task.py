@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_vlmr1.rewards import answers
-from megatron_vlmr1.rewards.boxes import Box
+from megatron_vlmr1.rewards.detections import Detection
 from megatron_vlmr1.rewards.item import Compat, Family, RewardItem
 
 if TYPE_CHECKING:
@@ -22,16 +22,13 @@ INSTRUCTION = (
 ACCURACY = "accuracy"
 """In a recipe: the reward that a row names in its `accu_reward_method`, else the task's own `accuracy`."""
 
-Labelled = tuple[Box, str]
-"""A box in pixels of the original image, and its class; an empty class where the task has none."""
-
 
 @dataclass(frozen=True)
 class Objects:
-    """What a picture is said to show, and what it shows."""
+    """What a picture is said to show, and what it shows; boxes in pixels of the original image."""
 
-    predicted: tuple[Labelled, ...]  # in the order of the answer
-    true: tuple[Labelled, ...]
+    predicted: tuple[Detection, ...]  # in the order of the answer
+    true: tuple[Detection, ...]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ THRESHOLDS = np.linspace(0.5, 0.95, 10)
 """COCO's IoU thresholds."""
 
 _JUST_BELOW_ONE = 1 - 1e-10  # COCO's: an IoU of 1 always matches
+_NOWHERE = (0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class Scene:
     def of_row(cls, row: Mapping[str, Any]) -> Scene:
         """Read a row of ``evaluations/LABEL_SPLIT.jsonl`` of a task that has `objects`.
 
-        A reversed prediction becomes one without area, which is a false alarm; COCO would not count it at all.
+        A prediction that is reversed, or no box at all, becomes one without area, which is a false alarm; COCO would not
+        count a reversed one.
         """
-        sides = [[(item["bbox_2d"], item["label"]) for item in row[side]] for side in ("predicted", "true")]
+        sides = [[(item["bbox_2d"] or _NOWHERE, item["label"]) for item in row[side]] for side in ("predicted", "true")]
         arrays = [np.array([box for box, _ in side], np.float64).reshape(-1, 4) for side in sides]
         np.maximum(arrays[0][:, 2:], arrays[0][:, :2], out=arrays[0][:, 2:])
         labels = [tuple(label for _, label in side) for side in sides]

@@ -1,15 +1,14 @@
 """Open-vocabulary detection: where is what, among the classes that the question names?
 
-The recipe takes what VLM-R1 learned: plain AP is hacked, since boxes of any further class cost nothing; `odLength`
-makes each surplus box cost.
+The recipe takes what VLM-R1 learned: plain AP is hacked with surplus boxes; in `odLength` they cost.
 """
 
 from __future__ import annotations
 
-from megatron_vlmr1.rewards import answers, boxes, functions
+from megatron_vlmr1.rewards import boxes, detections, functions
 from megatron_vlmr1.rewards.boxes import Box
-from megatron_vlmr1.rewards.item import RewardFailure, check_length
-from megatron_vlmr1.rewards.labelled import Labelled, labelled
+from megatron_vlmr1.rewards.detections import Detection
+from megatron_vlmr1.rewards.item import check_length
 from megatron_vlmr1.rewards.task import INSTRUCTION, Objects, Task
 from megatron_vlmr1.types import Prompt
 
@@ -20,32 +19,23 @@ TEMPLATE = (
 )
 
 
-def parse(text: str, prompt: Prompt) -> tuple[Labelled, ...] | None:
-    """Return the answered boxes in pixels of the original image with their classes, or None for no list.
+def parse(text: str, prompt: Prompt) -> list[Detection] | None:
+    """Return the answered boxes in pixels of the original image with their classes, or None for no readable answer.
 
     Raises:
         RewardFailure: too_long.
     """
     check_length(text)
-    answer = answers.answer(text)
-    found = labelled(answer) if answer is not None else None
-    if found is None or not prompt.images:
-        return found
-    image = prompt.images[0]
-    return tuple((boxes.to_original(box, image.grid_thw, image.size), label) for box, label in found)
+    return detections.predictions(TASK.item(text, prompt))
 
 
 def objects(text: str, prompt: Prompt) -> Objects:
-    """Return the answered and the true boxes with their classes; no list counts as no box.
+    """Return the answered and the true boxes with their classes; no readable answer counts as no box.
 
     Raises:
-        RewardFailure: too_long, or the truth is no list of boxes with an area, or None.
+        RewardFailure: too_long, or the truth is neither None nor a list of boxes with an area and a class.
     """
-    tagged = answers.answer(prompt.truth)
-    true = labelled(prompt.truth if tagged is None else tagged)
-    if true is None or any(boxes.area(box) == 0 for box, _ in true):
-        raise RewardFailure("the solution is neither a list of labelled boxes with an area nor None")
-    return Objects(parse(text, prompt) or (), true)
+    return Objects(tuple(parse(text, prompt) or ()), tuple(detections.truths(TASK.item(text, prompt))))
 
 
 def metrics(text: str, prompt: Prompt) -> dict[str, float | None]:
@@ -54,12 +44,11 @@ def metrics(text: str, prompt: Prompt) -> dict[str, float | None]:
     Raises:
         RewardFailure: as `objects`.
     """
-    found = objects(text, prompt)
+    found, parsed = objects(text, prompt), float(parse(text, prompt) is not None)
     total = len(found.predicted) + len(found.true)
-    hits = _hits(found)
     return {
-        "f1": 2 * hits / total if total else float(parse(text, prompt) is not None),
-        "parsed": float(parse(text, prompt) is not None),
+        "f1": 2 * _hits(found) / total if total else parsed,
+        "parsed": parsed,
         "format": functions.get("format")(TASK.item(text, prompt)),
     }
 
@@ -67,14 +56,15 @@ def metrics(text: str, prompt: Prompt) -> dict[str, float | None]:
 def _hits(found: Objects) -> int:
     """Predictions, in their order, that take the best true box of their class that is left, at half overlap."""
     left: dict[str, list[Box]] = {}
-    for box, label in found.true:
-        left.setdefault(label, []).append(box)
+    for label, box in found.true:
+        if box is not None:
+            left.setdefault(label, []).append(box)
     hits = 0
-    for box, label in found.predicted:
+    for label, box in found.predicted:
         rest = left.get(label)
-        if rest:
-            best = max(range(len(rest)), key=lambda i: boxes.iou(box, rest[i]))
-            if boxes.iou(box, rest[best]) >= 0.5:
+        if rest and box is not None:
+            overlap, best = max((boxes.iou(box, other), i) for i, other in enumerate(rest))
+            if overlap >= 0.5:
                 del rest[best]
                 hits += 1
     return hits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_vlmr1.rewards import answers, boxes
 from megatron_vlmr1.rewards.boxes import Box
+from megatron_vlmr1.rewards.detections import Detection
 from megatron_vlmr1.rewards.functions import format as format_reward
 from megatron_vlmr1.rewards.functions import iou as iou_reward
 from megatron_vlmr1.rewards.item import RewardFailure
@@ -29,7 +30,7 @@ def objects(text: str, prompt: Prompt) -> Objects:
     predicted, true = parse(text, prompt), answers.box(prompt.truth)
     if true is None:
         raise RewardFailure("the solution holds no box [x1, y1, x2, y2]")
-    return Objects(((predicted, ""),) if predicted is not None else (), ((true, ""),))
+    return Objects((Detection("", predicted),) if predicted is not None else (), (Detection("", true),))
 
 
 def metrics(text: str, prompt: Prompt) -> dict[str, float | None]:
