@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,14 @@ from megatron_vlmr1.telemetry.files import write_atomic
 
 if TYPE_CHECKING:
     from megatron_vlmr1.config import Config
+    from megatron_vlmr1.data.index import ShardSet
 
 _EPILOG = """\
 example:
   vlmr1 evaluate configs/quickstart.yaml --nproc 2 --label after model.path=runs/quickstart
 
-Every answer goes to RUN_DIR/evaluations/LABEL_SPLIT.jsonl, the figures to RUN_DIR/evaluations/LABEL.json.
+RUN_DIR/evaluations gets LABEL_SPLIT.jsonl (every answer), LABEL_SPLIT_worst.png (the worst ones), and LABEL.json and
+LABEL.md: the task's figures with 95 % intervals, by category where rows have a `category` or `class`.
 """
 
 
@@ -36,7 +39,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start the ranks and print their result, or be one."""
+    from megatron_vlmr1.evaluate import results
     from megatron_vlmr1.launch.local import new_attempt
+    from megatron_vlmr1.rewards import tasks
     from megatron_vlmr1.train.check import check_data, check_inputs
 
     cfg = load_config(args.config, args.overrides)
@@ -48,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         return _be_a_rank(cfg, args.label)
     check_inputs(cfg, rank_count(cfg, args.nproc), trains=False)
     check_data(cfg, trains=False)
+    results.check(tasks.get(cfg.task))
     words = ["evaluate", args.config, "--label", args.label, *args.overrides]
     code = run_here(cfg, args.nproc, words, new_attempt(cfg.run_dir))
     if code == DONE:
@@ -71,25 +77,55 @@ def _be_a_rank(cfg: Config, label: str) -> int:
     with joined(cfg.parallel, cfg.seed) as mesh:
         log_dir = log_directory(cfg.run_dir)
         actor = Actor(hf_directory(cfg.model.path, check=mesh.rank == 0), cfg, mesh)
-        results: dict[str, Any] = {}
-        with judges(cfg.rewards, cfg.task, mesh, actor.engine.speaks, log_dir, cfg.parallel.timeout_s) as asked:
+        figures: dict[str, dict[str, float]] = {}
+        speaks, model_type = actor.engine.speaks, actor.policy.shape.family
+        with judges(cfg.rewards, cfg.task, mesh, speaks, log_dir, cfg.parallel.timeout_s, model_type) as asked:
             for name, shards in splits.items():
                 result = split.evaluate(actor, asked, shards, cfg, mesh)
                 split.write(result, f"{label}_{name}", Path(cfg.run_dir), mesh)
-                results[name] = result.figures
-        if mesh.rank == 0:
-            write_atomic(_folder(cfg) / f"{label}.json", (json.dumps(results, indent=1) + "\n").encode())
+                figures[name] = result.figures
+    # After the other ranks have left: resampling a large split may take longer than a collective may.
+    if mesh.rank == 0:
+        _write_results(cfg, label, figures, splits)
     return DONE
 
 
-def _print(results: dict[str, dict[str, float]], as_json: bool) -> None:
+def _write_results(
+    cfg: Config, label: str, figures: dict[str, dict[str, float]], splits: Mapping[str, ShardSet]
+) -> None:
+    from megatron_vlmr1.evaluate import pictures, results
+    from megatron_vlmr1.rewards import tasks
+    from megatron_vlmr1.types import Sample
+
+    task, folder = tasks.get(cfg.task), _folder(cfg)
+    summary, pictured = {}, []
+    for name, shards in splits.items():
+        rows = results.read_rows(folder / f"{label}_{name}.jsonl")
+        summary[name] = results.summarise(rows, task, figures[name], cfg.seed)
+
+        def read(index: int, shards: ShardSet = shards) -> bytes:
+            sample = shards.read(index)
+            assert isinstance(sample, Sample)  # it was read for its answer
+            return sample.images[0]
+
+        if sheet := pictures.worst_sheet(rows, task, read):
+            write_atomic(folder / f"{label}_{name}_worst.png", sheet)
+            pictured.append(name)
+    write_atomic(folder / f"{label}.md", results.markdown(label, task.name, summary, pictured).encode())
+    write_atomic(folder / f"{label}.json", (json.dumps(summary, indent=1) + "\n").encode())
+
+
+def _print(summary: dict[str, dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        print_json(results)
+        print_json(summary)
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("figure", *results)
-    for figure in next(iter(results.values())):
-        table.add_row(figure, *(f"{values[figure]:.4g}" for values in results.values()))
+    from megatron_vlmr1.evaluate import results
+
+    table = Table("figure", *(escape(name) for name in summary))
+    for figure in results.figure_names(summary):
+        table.add_row(escape(figure), *(escape(results.cell(values, figure)) for values in summary.values()))
     Console().print(table)

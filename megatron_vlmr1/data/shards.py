@@ -74,7 +74,9 @@ def build(
         shutil.rmtree(work)
         raise
     if tally.own_methods:
-        logger.warning("%d rows name their %s, which counts only in a recipe with `accuracy`", tally.own_methods, rows.METHOD)
+        logger.warning(
+            "%d rows name their %s, which counts only in a recipe with `accuracy`", tally.own_methods, rows.METHOD
+        )
     return {
         "out": str(out),
         "samples": tally.samples,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -18,6 +18,7 @@ from megatron_vlmr1.parallel import reduce
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.rewards.item import RewardFailure
 from megatron_vlmr1.rewards.judges import Judges
+from megatron_vlmr1.rewards.task import Objects
 from megatron_vlmr1.rollout.actor import Actor
 from megatron_vlmr1.telemetry.files import json_line, write_atomic
 from megatron_vlmr1.types import Damage, Group, Prompt, Sample
@@ -32,7 +33,7 @@ class Evaluation:
     """Figures over a split and, on the model leaders, one row per answer."""
 
     figures: dict[str, float]
-    rows: list[dict[str, object]]
+    rows: list[dict[str, Any]]
     pictures: dict[str, bytes]  # file name -> compressed image
 
 
@@ -40,18 +41,18 @@ def evaluate(actor: Actor, judges: Judges, shards: ShardSet, cfg: Config, mesh: 
     """Answer every sample of a split; all ranks call it, data-parallel ranks share it out.
 
     Figures are the task's aggregates over greedy answers, ``reward_mean`` over one answer a sample drawn at the
-    rollout's temperature (if `evaluate.sampled`), and counts: ``samples`` answered, of which
-    ``failed`` have an unusable truth, and ``damaged`` ones left out.
+    rollout's temperature (if `evaluate.sampled`), and counts: ``samples`` answered, of which ``failed`` could not be
+    judged and count in no figure, ``reward_failed`` whose sampled answer could not, and ``damaged`` ones left out. A
+    figure that no sample has is NaN.
 
     Raises:
         ValueError: the split is empty, or nothing of it can be read.
     """
     task = judges.task
     builder = actor.prompt_builder(task.render)
-    sums = dict.fromkeys(
-        (*task.aggregates, "samples", "failed", "damaged", "reward", "scored", "parsed", "parsed_iou"), 0.0
-    )
-    rows: list[dict[str, object]] = []
+    counted = [_count_of(figure) for figure in task.aggregates]
+    sums = dict.fromkeys((*task.aggregates, *counted, "samples", "failed", "damaged", "reward", "scored"), 0.0)
+    rows: list[dict[str, Any]] = []
     pictures: dict[str, bytes] = {}
     total = min(len(shards), cfg.evaluate.limit or len(shards))
     if total == 0:
@@ -67,22 +68,21 @@ def evaluate(actor: Actor, judges: Judges, shards: ShardSet, cfg: Config, mesh: 
                 continue
             rows.append(row)
             for figure, metric in task.aggregates.items():
-                sums[figure] += float(row[metric])  # type: ignore[arg-type]
-            if row["box"] is not None:
-                sums["parsed"] += 1
-                sums["parsed_iou"] += float(row["iou"])  # type: ignore[arg-type]
+                if row[metric] is not None:
+                    sums[figure] += float(row[metric])
+                    sums[_count_of(figure)] += 1
         logger.info("evaluated about %d of %d samples", min(total, int(sums["samples"]) * mesh.dp_size), total)
         if cfg.evaluate.sampled:
-            _score_sampled(actor, judges, prompts, cfg, sums)
+            _score_sampled(actor, judges, prompts, cfg, sums, rows)
         actor.engine.policy.forget_features()  # or a whole split's embeddings would stay
     sums = reduce.sums(sums, mesh.is_model_leader)
     answered = sums["samples"] - sums["failed"]
     if not answered:
         raise ValueError(f"{shards.directory}: no sample could be answered: {sums['damaged']:.0f} are damaged")
-    figures = {name: sums[name] / answered for name in task.aggregates}
-    figures["iou_parsed"] = sums["parsed_iou"] / max(1.0, sums["parsed"])
+    figures = {name: _mean(sums[name], sums[_count_of(name)]) for name in task.aggregates}
     if cfg.evaluate.sampled:
-        figures["reward_mean"] = sums["reward"] / max(1.0, sums["scored"])
+        figures["reward_mean"] = _mean(sums["reward"], sums["scored"])
+        figures["reward_failed"] = sums["samples"] - sums["scored"]
     figures |= {name: sums[name] for name in ("samples", "failed", "damaged")}
     return Evaluation(figures, rows if mesh.is_model_leader else [], pictures if mesh.is_model_leader else {})
 
@@ -105,40 +105,74 @@ def _batches(
 
 def _row(
     prompt: Prompt, sample: Sample, text: str, judges: Judges, pictures: dict[str, bytes]
-) -> dict[str, object] | None:
+) -> dict[str, Any] | None:
     task = judges.task
-    with suppress(RewardFailure):
-        row: dict[str, object] = {
+    try:
+        row: dict[str, Any] = {
             "index": prompt.position,
             "key": prompt.key,
             "question": prompt.question,
             "truth": prompt.truth,
+            "category": _category(sample),
             "text": text,
-            "box": task.parse(text, prompt),
+            "answer": task.parse(text, prompt),
+            **_boxes(task.objects(text, prompt) if task.objects is not None else None),
             **task.metrics(text, prompt),
+            "reward": None,
             "image": None,
             "image_size": prompt.images[0].size if prompt.images else None,
         }
-        if prompt.images and prompt.position < PICTURES:
-            data = sample.images[0]
-            name = prompt.images[0].digest.hex()[:16] + (".png" if data[:4] == b"\x89PNG" else ".jpg")
-            pictures[name] = data
-            row["image"] = f"images/{name}"
-        return row
-    return None
+    except RewardFailure as failure:
+        logger.warning("cannot be judged: %s: %s", prompt.key, failure)
+        return None
+    if prompt.images and prompt.position < PICTURES:
+        data = sample.images[0]
+        name = prompt.images[0].digest.hex()[:16] + (".png" if data[:4] == b"\x89PNG" else ".jpg")
+        pictures[name] = data
+        row["image"] = f"images/{name}"
+    return row
 
 
-def _score_sampled(actor: Actor, judges: Judges, prompts: list[Prompt], cfg: Config, sums: dict[str, float]) -> None:
+def _boxes(objects: Objects | None) -> dict[str, Any]:
+    """The columns of a task with boxes; `box` is the one of a task that asks for one."""
+    if objects is None:
+        return {"box": None}
+    predicted, true = (
+        [{"bbox_2d": box, "label": label} for label, box in side] for side in (objects.predicted, objects.true)
+    )
+    one = len(predicted) == len(true) == 1
+    return {"box": predicted[0]["bbox_2d"] if one else None, "predicted": predicted, "true": true}
+
+
+def _category(sample: Sample) -> str | None:
+    found = sample.extra.get("category", sample.extra.get("class"))
+    return str(found) if isinstance(found, str | int) else None
+
+
+def _count_of(figure: str) -> str:
+    return f"{figure} count"
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else float("nan")
+
+
+def _score_sampled(
+    actor: Actor, judges: Judges, prompts: list[Prompt], cfg: Config, sums: dict[str, float], rows: list[dict[str, Any]]
+) -> None:
     sampling = actor.sampling(cfg.seed)
     answers = actor.engine.generate(
         prompts, 1, sampling, lambda i, j, completion: judges.submit(i, j, prompts[i], completion)
     )
     groups = [Group(prompt, completions) for prompt, completions in zip(prompts, answers, strict=True)]
+    by_position = {row["index"]: row for row in rows[-len(prompts) :]}
     for group in judges.collect(groups):
         value = group.scores[0].value
         if value is not None:
             sums["reward"] += value
             sums["scored"] += 1
+            if row := by_position.get(group.prompt.position):
+                row["reward"] = value
 
 
 def write(evaluation: Evaluation, name: str, run_dir: Path, mesh: Mesh) -> None:

@@ -25,7 +25,7 @@ def row(predicted: list[Item], true: list[Item], category: str | None = None) ->
 
 
 def random_scene(rng: np.random.Generator) -> dict[str, Any]:
-    """Up to 12 true boxes of 4 classes, of which most are answered: jittered, twice, of another class, or not at all."""
+    """Up to 12 true boxes of 4 classes, of which most are answered: jittered, twice, as another class, or not."""
     true, predicted = [], []
     for _ in range(rng.integers(0, 13)):
         x, y, w, h = rng.integers(0, 80), rng.integers(0, 80), rng.integers(5, 60), rng.integers(5, 60)
@@ -153,12 +153,11 @@ def test_the_best_true_box_is_taken_first() -> None:
 
 
 def test_nms_ap_does_not_reward_both_labels() -> None:
-    """Two pictures of a hard pair: both labels at each object give a plain AP of 1, and after suppression only the first
-    of each pair counts: right in one picture, wrong in the other."""
+    """Two pictures of a hard pair, both labels answered at each object: after suppression only the first one stays."""
     both = [(A, "lit"), (A, "unlit")]
     rows = [row(both, [(A, "lit")]), row(both, [(A, "unlit")])]
     found = detection.figures(rows)
-    # Per class two predictions on two pictures. lit: right, then wrong: 1. unlit: wrong, then right: precision 1/2.
+    # Plain, per class: lit is right, then wrong: 1. unlit is wrong, then right: precision 1/2.
     assert found["map"] == pytest.approx((1 + 0.5) / 2)
     # lit alone stays in both pictures: right, then wrong: 1; unlit: nothing left: 0.
     assert found["nms_ap"] == pytest.approx(0.5)

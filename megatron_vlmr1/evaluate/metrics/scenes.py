@@ -32,8 +32,8 @@ class Scene:
     def of_row(cls, row: Mapping[str, Any]) -> Scene:
         """Read a row of ``evaluations/LABEL_SPLIT.jsonl`` of a task that has `objects`.
 
-        A prediction that is reversed, or no box at all, becomes one without area, which is a false alarm; COCO would not
-        count a reversed one.
+        A prediction that is reversed, or no box at all, becomes one without area, which is a false alarm; COCO would
+        not count a reversed one.
         """
         sides = [[(item["bbox_2d"] or _NOWHERE, item["label"]) for item in row[side]] for side in ("predicted", "true")]
         arrays = [np.array([box for box, _ in side], np.float64).reshape(-1, 4) for side in sides]
