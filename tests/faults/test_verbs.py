@@ -29,8 +29,13 @@ def test_evaluate_prints_and_keeps_the_figures_of_each_answer(tmp_path: Path, sh
     figures = json.loads(output.splitlines()[-1])["val"]
     folder = tmp_path / "run/evaluations"
     assert json.loads((folder / "after.json").read_text()) == {"val": figures}
+    assert figures["intervals"]["acc50"][0] <= figures["acc50"] <= figures["intervals"]["acc50"][1]
+    assert (figures["failed"], figures["reward_failed"], figures["categories"]) == (0, 0, {})
+    assert "| acc50 |" in (folder / "after.md").read_text()
+    assert (folder / "after_val_worst.png").read_bytes().startswith(b"\x89PNG")
     rows = [json.loads(line) for line in (folder / "after_val.jsonl").read_text().splitlines()]
     assert len(rows) == figures["samples"] == 10
+    assert all(row["box"] == (row["predicted"] or [{"bbox_2d": None}])[0]["bbox_2d"] for row in rows)
     boxes = [(row["box"], json.loads("[" + re.findall(r"\[([^\]]*)\]", row["truth"])[0] + "]")) for row in rows]
     ious = [overlap(*pair) if pair[0] is not None and pair[0][0] < pair[0][2] else 0.0 for pair in boxes]
     assert figures["iou_mean"] == pytest.approx(sum(ious) / 10, abs=1e-6)
