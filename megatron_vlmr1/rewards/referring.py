@@ -25,6 +25,6 @@ def judge(item: RewardItem, value: Callable[[Box, Box], float]) -> float:
     scale = to_original(item)
     answer = answers.answer(item.completion)
     box = answers.box(answer) if answer is not None else None
-    if box is None or not 0 < boxes.area(box := scale(box)) < math.inf:
-        return 0.0
-    return value(box, truth)
+    if box is not None and scale is not None:
+        box = scale(box)
+    return value(box, truth) if box is not None and 0 < boxes.area(box) < math.inf else 0.0
