@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 Rect = tuple[float, float, float, float, float]
 """(x, y, x + width, y + height, width * height), pixels. Reversed boxes and numbers that are not finite are allowed."""
@@ -48,44 +48,38 @@ def average_precision(
     Returns:
         None where no truth counts.
     """
-    counted = [truth for truth in truths if not _out_of_range(truth)]
+    counted = [truth for truth in truths if not (truth[4] < 0 or truth[4] > MAX_AREA)]
     if not counted:
         return None
-    ordered = counted + [truth for truth in truths if _out_of_range(truth)]
+    ignored = [truth for truth in truths if truth[4] < 0 or truth[4] > MAX_AREA] if len(counted) < len(truths) else []
     kept = detections[:MAX_DETECTIONS]
-    rows = _rows(kept, ordered)
-    overlaps = sorted(overlap for row in rows for overlap, _ in row if overlap == overlap)
-    total, value, last = 0.0, 0.0, -1
+    rows = _rows(kept, counted + ignored)
+    overlaps = sorted([overlap for row in rows for overlap, _ in row if overlap == overlap])
+    if not any(rows):
+        return 0.0
+    unpunished = [box is not None and (box[4] < 0 or box[4] > MAX_AREA) for box in kept]
+    total = value = 0.0
+    below = -1
     for threshold in thresholds:
-        # Between two thresholds without an overlap between them nothing changes.
-        above = len(overlaps) - bisect_left(overlaps, threshold)
-        if above != last:
-            value, last = _interpolated(_outcomes(kept, rows, len(counted), threshold), len(counted)), above
+        # Nothing changes from one threshold to the next without an overlap between them.
+        if below < 0 or (below < len(overlaps) and overlaps[below] < threshold):
+            below = bisect_left(overlaps, threshold)
+            value = _interpolated(_precisions(rows, unpunished, len(counted), threshold), len(counted))
         total += value
     return total / len(thresholds)
 
 
-def _out_of_range(box: Rect) -> bool:
-    return box[4] < 0 or box[4] > MAX_AREA
-
-
 def _rows(detections: Sequence[Rect | None], truths: Sequence[Rect]) -> list[_Row]:
-    ordinary = all(map(_ordinary, truths))
-    known: dict[Rect, _Row] = {}
+    ordinary = math.isfinite(sum(map(sum, truths)))
+    known: dict[Rect | None, _Row] = {None: []}
     rows = []
     for detection in detections:
-        if detection is None:
-            rows.append([])
-        elif (row := known.get(detection)) is not None:
-            rows.append(row)
-        else:
-            known[detection] = _row(detection, truths, ordinary and _ordinary(detection))
-            rows.append(known[detection])
+        row = known.get(detection)
+        if row is None:
+            assert detection is not None
+            row = known[detection] = _row(detection, truths, ordinary and math.isfinite(sum(detection)))
+        rows.append(row)
     return rows
-
-
-def _ordinary(box: Rect) -> bool:
-    return math.isfinite(sum(box))
 
 
 def _row(detection: Rect, truths: Sequence[Rect], ordinary: bool) -> _Row:
@@ -120,39 +114,30 @@ def _overlap(a: Rect, b: Rect) -> float:
     return shared / union
 
 
-def _outcomes(detections: Sequence[Rect | None], rows: list[_Row], counted: int, threshold: float) -> Iterator[bool]:
-    """Yield for each detection that is not ignored whether it is right."""
+def _precisions(rows: list[_Row], unpunished: list[bool], counted: int, threshold: float) -> list[float]:
+    """Return the precision at each right detection; matches with truths from index `counted` on don't count at all."""
     taken: set[int] = set()
-    for detection, row in zip(detections, rows, strict=True):
-        truth = _match(row, taken, counted, threshold) if row else None
-        if truth is not None:
-            taken.add(truth)
-            if truth < counted:
-                yield True
-        elif detection is None or not _out_of_range(detection):
-            yield False
-
-
-def _match(row: _Row, taken: set[int], counted: int, threshold: float) -> int | None:
-    best, chosen = threshold, None
-    for overlap, truth in row:
-        if truth in taken or overlap < best:
-            continue
-        if chosen is not None and chosen < counted <= truth:
-            break
-        best, chosen = overlap, truth
-    return chosen
-
-
-def _interpolated(outcomes: Iterator[bool], counted: int) -> float:
+    precisions: list[float] = []
     right = wrong = 0
-    precisions = []
-    for outcome in outcomes:
-        if outcome:
+    for row, free in zip(rows, unpunished, strict=True):
+        best, chosen = threshold, -1
+        for overlap, truth in row:
+            if overlap < best or truth in taken:
+                continue
+            if -1 < chosen < counted <= truth:
+                break
+            best, chosen = overlap, truth
+        if chosen < 0:
+            wrong += not free
+            continue
+        taken.add(chosen)
+        if chosen < counted:
             right += 1
             precisions.append(right / (wrong + right + _SPACING))
-        else:
-            wrong += 1
+    return precisions
+
+
+def _interpolated(precisions: list[float], counted: int) -> float:
     total = best = 0.0
     levels = _levels(counted)
     for hit in range(len(precisions) - 1, -1, -1):

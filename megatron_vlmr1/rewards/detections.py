@@ -6,11 +6,12 @@ first answer block. "None" and an empty list say that there is nothing.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from megatron_vlmr1.rewards import answers, boxes
+from megatron_vlmr1.rewards import answers
 from megatron_vlmr1.rewards.average_precision import MAX_AREA
 from megatron_vlmr1.rewards.boxes import Box
 from megatron_vlmr1.rewards.coordinates import to_original
@@ -18,6 +19,7 @@ from megatron_vlmr1.rewards.item import RewardFailure, RewardItem, check_length
 
 # Integers as floats: one of a thousand digits makes its own box unusable, not the whole answer.
 _DECODER = json.JSONDecoder(parse_int=float)
+_FOUR_NUMBERS = [float] * 4
 
 
 class Detection(NamedTuple):
@@ -27,10 +29,11 @@ class Detection(NamedTuple):
     box: Box | None
 
 
-def parse(text: str) -> list[Detection] | None:
+def parse(text: str, scale: Callable[[Box], Box] | None = None) -> list[Detection] | None:
     """Return the labelled boxes of an answer's content, or None where it says neither boxes nor "none".
 
-    Items of the list that are no labelled boxes stay in it, without a label or without a box.
+    Items of the list that are no labelled boxes stay in it, without a label or without a box. Each box goes through
+    `scale`; it is usable if its area then is one that COCO counts.
     """
     body = _body(text)
     if body.rstrip(".").strip().lower() == "none":
@@ -42,7 +45,7 @@ def parse(text: str) -> list[Detection] | None:
     if data is None:
         return []
     items = data if isinstance(data, list) else [data]
-    return [_detection(item) for item in items] if isinstance(data, list | dict) else None
+    return [_detection(item, scale) for item in items] if isinstance(data, list | dict) else None
 
 
 def truths(item: RewardItem) -> list[Detection]:
@@ -55,7 +58,7 @@ def truths(item: RewardItem) -> list[Detection]:
     found = parse(item.solution if tagged is None else tagged)
     if found is None:
         raise RewardFailure("the solution is neither None nor a json list of labelled boxes")
-    if any(not truth.label or usable(truth.box) is None for truth in found):
+    if any(not label or box is None for label, box in found):
         raise RewardFailure("the solution has an item without a label or a box [x1, y1, x2, y2] with an area")
     return found
 
@@ -68,10 +71,7 @@ def predictions(item: RewardItem) -> list[Detection] | None:
     """
     scale = to_original(item)
     answer = answers.answer(item.completion)
-    found = parse(answer) if answer is not None else None
-    if found is None:
-        return None
-    return [Detection(label, usable(scale(box)) if box is not None else None) for label, box in found]
+    return parse(answer, scale) if answer is not None else None
 
 
 def judge(item: RewardItem, value: Callable[[list[Detection], list[Detection]], float]) -> float:
@@ -92,11 +92,6 @@ def judge(item: RewardItem, value: Callable[[list[Detection], list[Detection]], 
     return value(predicted, truth) if predicted else 0.0
 
 
-def usable(box: Box | None) -> Box | None:
-    """Return the box if it has an area that COCO would count, else None."""
-    return box if box is not None and 0 < boxes.area(box) <= MAX_AREA else None
-
-
 def _body(text: str) -> str:
     """What stands inside the first fence, else the whole text."""
     _, fence, rest = text.partition("```")
@@ -109,13 +104,20 @@ def _body(text: str) -> str:
     return inside.strip().removeprefix("json").strip()
 
 
-def _detection(item: Any) -> Detection:
+def _detection(item: Any, scale: Callable[[Box], Box] | None) -> Detection:
     if not isinstance(item, dict):
         return Detection("", None)
-    label, box = item.get("label"), item.get("bbox_2d")
-    return Detection(
-        " ".join(label.casefold().split()) if isinstance(label, str) else "",
-        (box[0], box[1], box[2], box[3])
-        if isinstance(box, list) and len(box) == 4 and all(type(number) is float for number in box)
-        else None,
-    )
+    label, numbers = item.get("label"), item.get("bbox_2d")
+    label = _normalised(label) if isinstance(label, str) else ""
+    if not isinstance(numbers, list) or [*map(type, numbers)] != _FOUR_NUMBERS:
+        return Detection(label, None)
+    box = (numbers[0], numbers[1], numbers[2], numbers[3])
+    if scale is not None:
+        box = scale(box)
+    width, height = box[2] - box[0], box[3] - box[1]
+    return Detection(label, box if width > 0 and height > 0 and 0 < width * height <= MAX_AREA else None)
+
+
+@functools.lru_cache(maxsize=128)
+def _normalised(label: str) -> str:
+    return " ".join(label.casefold().split())
