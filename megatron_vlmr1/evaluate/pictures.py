@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron_vlmr1.rewards.task import Task
 CASES = 12
 _COLUMNS = 4
 _CELL, _CAPTION, _GAP = (320, 260), 64, 8  # pixels
-_LINE, _LETTERS = 15, 54  # height of a line, and letters that fit one
+_LINE, _LETTERS = 15, 48  # height of a line, and letters that fit one
 _TRUE, _PREDICTED = (0, 158, 115), (213, 94, 0)  # Okabe and Ito's bluish green and vermilion
 
 Row = Mapping[str, Any]
@@ -81,14 +82,10 @@ def _caption(row: Row) -> list[tuple[Any, str]]:
     boxes = "true" in row
     truth = f"{len(row['true'])} boxes" if boxes else row["truth"]
     said = f"{len(row['predicted'])} boxes" if boxes else row["answer"]
-    question = [("black", text) for text in _wrapped(row["question"])]
+    # The end of a question says what is asked for.
+    lines = textwrap.wrap(_plain(row["question"])[-4 * _LETTERS :], _LETTERS)[-2:]
+    question = [("black", line) for line in lines]
     return [*question, (_TRUE, _short(f"true: {truth}")), (_PREDICTED, _short(f"predicted: {said}"))]
-
-
-def _wrapped(text: str) -> list[str]:
-    """The end of a question in two lines: what is asked for stands there."""
-    text = _plain(text)
-    return [text[-2 * _LETTERS : -_LETTERS], text[-_LETTERS:]]
 
 
 def _short(text: str, letters: int = _LETTERS) -> str:

@@ -50,7 +50,7 @@ def summarise(rows: Rows, task: Task, counted: Mapping[str, float], seed: int) -
         ``{figure: value, …, "intervals": {figure: [low, high]}, "categories": {category: {figure: value}}}``; 95 %
         percentile intervals over the samples, `bootstrap.RESAMPLES` resamples, or `detection.RESAMPLES` for AP.
     """
-    means = {figure: metric for figure, metric in task.aggregates.items()} | {"reward_mean": "reward"}
+    means = dict(task.aggregates) | {"reward_mean": "reward"}
     means = {figure: metric for figure, metric in means.items() if figure in counted}
     estimates = dict(zip(means, bootstrap.means(_table(rows, list(means.values())), seed), strict=True))
     whole = {k: v for name in task.split_metrics for k, v in _SPLIT_METRICS[name].estimates(rows, seed).items()}
@@ -70,8 +70,8 @@ def _by_category(rows: Rows, task: Task, means: Mapping[str, str]) -> dict[str, 
     out = {}
     for name, group in sorted(groups.items()):
         whole = {k: v for metric in task.split_metrics for k, v in _SPLIT_METRICS[metric].figures(group).items()}
-        found = bootstrap.means(_table(group, list(means.values())), 0, resamples=1)
-        values = whole | {figure: estimate.value for figure, estimate in zip(means, found, strict=True)}
+        found = bootstrap.column_means(_table(group, list(means.values())))
+        values = whole | dict(zip(means, found.tolist(), strict=True))
         out[name] = {figure: _plain(value) for figure, value in values.items()} | {"samples": float(len(group))}
     return out
 

@@ -17,6 +17,11 @@ _SPLIT_NAMES = {"heldout": "Held-out", "ood": "Out of domain"}  # others go by t
 _MEASURES = (
     ("Acc@0.5", "acc50", "greedy", True),
     ("Mean IoU", "iou_mean", "greedy", False),
+    ("mAP", "map", "greedy", False),
+    ("AP50", "ap50", "greedy", False),
+    ("NMS-AP", "nms_ap", "greedy", False),
+    ("Accuracy", "accuracy", "greedy", True),
+    ("Mean absolute error", "mae", "greedy", False),
     ("Format rate", "format_rate", "greedy", True),
     ("Mean reward", "reward_mean", "sampled at T = 1", False),
 )

@@ -56,14 +56,24 @@ def estimate(
 
 def means(values: Floats, seed: int, resamples: int = RESAMPLES) -> list[Estimate]:
     """Return the estimates of the columns' means; `values` is [samples, figures], NaN is left out of a mean."""
-    known = np.isfinite(values)
-    filled = np.where(known, values, 0.0)
+    known, filled = _known(values)
     return estimate(lambda w: ratio(w @ filled, w @ known), len(values), seed, resamples)
+
+
+def column_means(values: Floats) -> Floats:
+    """Return the columns' means alone, as `means` takes them."""
+    known, filled = _known(values)
+    return ratio(filled.sum(0), known.sum(0))
 
 
 def ratio(above: Floats, below: Floats) -> Floats:
     """Return above / below, NaN where below is 0."""
     return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+
+
+def _known(values: Floats) -> tuple[Floats, Floats]:
+    known = np.isfinite(values)
+    return known.astype(np.float64), np.where(known, values, 0.0)
 
 
 def _percentiles(column: Floats, tail: float) -> tuple[float, float]:

@@ -34,21 +34,22 @@ def score(item: RewardItem) -> float:
     check_length(item.completion)
     check_length(item.solution)
     tagged = answers.answer(item.solution)
-    truth = _number(item.solution if tagged is None else tagged)
+    truth = number(item.solution if tagged is None else tagged)
     if truth is None or truth < 0:
         raise RewardFailure("the solution holds no number, or several")
     answer = answers.answer(item.completion)
-    number = _number(answer) if answer is not None else None
-    return 0.0 if number is None else max(0.0, 1.0 - abs(number - truth) / max(truth, 1.0))
+    said = number(answer) if answer is not None else None
+    return 0.0 if said is None else max(0.0, 1.0 - abs(said - truth) / max(truth, 1.0))
 
 
-def _number(text: str) -> float | None:
+def number(text: str) -> float | None:
+    """Return the number that a text says, or None where it says none, or several."""
     found = detections.parse(text)
     if found and any(box is not None for _, box in found):
         return float(len(found))
     numbers = {_value(match.group().lower()) for match in _NUMBER.finditer(answers.encodable(text))}
-    number = numbers.pop() if len(numbers) == 1 else 0.0 if found == [] else math.nan
-    return number if math.isfinite(number) else None
+    value = numbers.pop() if len(numbers) == 1 else 0.0 if found == [] else math.nan
+    return value if math.isfinite(value) else None
 
 
 def _value(text: str) -> float:
