@@ -22,11 +22,17 @@ _DECODER = json.JSONDecoder(parse_int=float)
 _FOUR_NUMBERS = [float] * 4
 
 
+MAX_TRUTHS = 1000
+
+
 class Detection(NamedTuple):
     """A labelled box in pixels; `box` is None where it has no usable area, `label` is "" where there is none."""
 
     label: str
     box: Box | None
+
+
+_UNUSABLE = Detection("", None)
 
 
 def parse(text: str, scale: Callable[[Box], Box] | None = None) -> list[Detection] | None:
@@ -44,20 +50,25 @@ def parse(text: str, scale: Callable[[Box], Box] | None = None) -> list[Detectio
         return None
     if data is None:
         return []
-    items = data if isinstance(data, list) else [data]
-    return [_detection(item, scale) for item in items] if isinstance(data, list | dict) else None
+    if isinstance(data, dict):
+        data = [data]
+    elif not isinstance(data, list):
+        return None
+    return [_detection(item, scale) if isinstance(item, dict) else _UNUSABLE for item in data]
 
 
 def truths(item: RewardItem) -> list[Detection]:
     """Return the true boxes, in pixels of the original image.
 
     Raises:
-        RewardFailure: the solution holds no list of labelled boxes, or one of them is unusable.
+        RewardFailure: the solution holds no list of labelled boxes, too many, or one of them is unusable.
     """
     tagged = answers.answer(item.solution)
     found = parse(item.solution if tagged is None else tagged)
     if found is None:
         raise RewardFailure("the solution is neither None nor a json list of labelled boxes")
+    if len(found) > MAX_TRUTHS:
+        raise RewardFailure(f"too_many boxes: the solution has more than {MAX_TRUTHS}")
     if any(not label or box is None for label, box in found):
         raise RewardFailure("the solution has an item without a label or a box [x1, y1, x2, y2] with an area")
     return found
@@ -104,9 +115,7 @@ def _body(text: str) -> str:
     return inside.strip().removeprefix("json").strip()
 
 
-def _detection(item: Any, scale: Callable[[Box], Box] | None) -> Detection:
-    if not isinstance(item, dict):
-        return Detection("", None)
+def _detection(item: dict[str, Any], scale: Callable[[Box], Box] | None) -> Detection:
     label, numbers = item.get("label"), item.get("bbox_2d")
     label = _normalised(label) if isinstance(label, str) else ""
     if not isinstance(numbers, list) or [*map(type, numbers)] != _FOUR_NUMBERS:

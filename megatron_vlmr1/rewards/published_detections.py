@@ -14,6 +14,9 @@ from megatron_vlmr1.rewards import answers
 from megatron_vlmr1.rewards.average_precision import MAX_DETECTIONS, THRESHOLDS, Rect, average_precision, rect
 from megatron_vlmr1.rewards.item import RewardFailure, RewardItem
 
+MAX_PAIRS = 500_000
+"""A class with more pairs of a detection and a truth would take seconds."""
+
 _FENCE = "```json"
 
 # What indexing and subtracting decoded json can raise.
@@ -95,7 +98,7 @@ def calculate_map(predicted: list[Any], truth: list[Any], thresholds: Sequence[f
         thresholds: least overlaps of a match.
 
     Raises:
-        RewardFailure: the published code raises.
+        RewardFailure: the published code raises, or there are too_many truths.
     """
     classes: dict[Hashable, tuple[list[Any], list[Any]]] = {}
     for item in truth:
@@ -105,6 +108,8 @@ def calculate_map(predicted: list[Any], truth: list[Any], thresholds: Sequence[f
             raise _raised(error) from error
     usable = False
     for item in predicted:
+        if not isinstance(item, dict):
+            continue
         try:
             classes[item["label"]][1].append(_measured(item))
             usable = True
@@ -112,6 +117,8 @@ def calculate_map(predicted: list[Any], truth: list[Any], thresholds: Sequence[f
             continue
     if not usable:
         return 0.0
+    if any(min(len(found), MAX_DETECTIONS) * len(truths) > MAX_PAIRS for truths, found in classes.values()):
+        raise RewardFailure("too_many true boxes of one class")
     values = [
         value
         for truths, detections in classes.values()

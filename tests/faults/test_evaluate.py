@@ -47,6 +47,7 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
         {
             "image": "white.png",
             "category": "odd" if i % 2 else "even",
+            **({"accu_reward_method": "format"} if i > 3 else {}),
             "conversations": [
                 {"from": "human", "value": "<image>Which colour?"},
                 {"from": "gpt", "value": "unknown" if i < 2 else "white"},
@@ -63,6 +64,7 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
         task=str(tmp_path / "own_task.py"),
         data={"train": str(tmp_path / "val"), "evaluate": {"val": str(tmp_path / "val")}},
         parallel={"tensor_model_parallel_size": 1},
+        rewards={"weights": {"accuracy": 1.0, "format": 0.5}},
     )
     code, output = jobs.run("evaluate", config, "--label", "own", "--json")
     assert code == 0, output
@@ -71,10 +73,13 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
     assert found["never_mean"] is None
     low, high = found["intervals"]["tagged_rate"]
     assert 0 <= low <= found["tagged_rate"] <= high <= 1
-    assert 0 <= found["reward_mean"] <= 2
     assert {name: split["samples"] for name, split in found["categories"].items()} == {"even": 2, "odd": 2}
     folder = tmp_path / "run" / "evaluations"
-    assert len((folder / "own_val.jsonl").read_text().splitlines()) == 4
+    rows = [json.loads(line) for line in (folder / "own_val.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == [2, 3, 4, 5]
+    assert found["reward_mean"] == pytest.approx(sum(row["reward"] for row in rows) / 4)
+    # The last two rows name the format as their accuracy reward, which then weighs 1.5 alone.
+    assert {row["reward"] for row in rows[2:]} <= {0.0, 1.5}
     assert "| tagged_rate |" in (folder / "own.md").read_text()
     assert Image.open(folder / "own_val_worst.png").size == (4 * 328 + 8, 332 + 8)
     assert output.count("cannot be judged: ") == 2

@@ -254,6 +254,16 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
     assert tasks.files("rec") == ()
 
 
+def test_the_example_of_the_readme_works(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "README.md").read_text()
+    path = tmp_path / "my_task.py"
+    path.write_text(page.partition("```python\n")[2].partition("```")[0])
+    tasks.check(str(path))
+    assert tasks.get(str(path)).metrics(said("28"), prompt("30")) == {"near": pytest.approx(0.8)}
+    with pytest.raises(RewardFailure, match="the truth is no number"):
+        tasks.get(str(path)).metrics(said("28"), prompt("old"))
+
+
 def test_a_reward_process_loads_ones_own_task_without_numpy(tmp_path: Path) -> None:
     (tmp_path / "my_task.py").write_text(OWN)
     code = (

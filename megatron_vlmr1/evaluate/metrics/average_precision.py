@@ -18,7 +18,7 @@ MAX_DETECTIONS = 100
 """COCO's, per picture and class."""
 
 _RECALLS = np.linspace(0.0, 1.0, 101)
-_CHUNK = 1 << 23
+_CHUNK = 1 << 22
 
 
 def average_precisions(scenes: Sequence[Scene]) -> dict[str, Floats]:

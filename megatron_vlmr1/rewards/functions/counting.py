@@ -8,6 +8,7 @@ under this name: `compat` changes nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import re2
@@ -20,6 +21,8 @@ _WORDS = (
     "eighteen nineteen twenty"
 ).split()
 _VALUES = {word: float(value) for value, word in enumerate(_WORDS)} | {"none": 0.0}
+_MAX_NUMBERS = 16  # an answer that repeats its number more often is none
+
 _NUMBER = re2.compile(
     rf"(?i)[-+]?[0-9]{{1,3}}(?:,[0-9]{{3}})+(?:\.[0-9]+)?\b|[-+]?[0-9]+(?:\.[0-9]+)?\b|\b(?:{'|'.join(_VALUES)})\b"
 )
@@ -47,9 +50,13 @@ def number(text: str) -> float | None:
     found = detections.parse(text)
     if found and any(box is not None for _, box in found):
         return float(len(found))
-    numbers = {_value(match.group().lower()) for match in _NUMBER.finditer(answers.encodable(text))}
-    value = numbers.pop() if len(numbers) == 1 else 0.0 if found == [] else math.nan
-    return value if math.isfinite(value) else None
+    if found == []:
+        return 0.0
+    matches = itertools.islice(_NUMBER.finditer(answers.encodable(text)), _MAX_NUMBERS + 1)
+    numbers = [_value(match.group().lower()) for match in matches]
+    if not numbers or len(numbers) > _MAX_NUMBERS or len(set(numbers)) > 1:
+        return None
+    return numbers[0] if math.isfinite(numbers[0]) else None
 
 
 def _value(text: str) -> float:
