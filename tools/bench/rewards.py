@@ -1,7 +1,7 @@
 """Rewards through the service with one worker process, beside a loop that calls the function in this process.
 
-Cases: `rec`, the overlap of one box; `odLength`, 20 answered boxes of 8 classes against 20 true ones. Both sides score the
-same completions. The service's figure takes in packing, sockets, both processes and the check of what comes back.
+Cases: `rec`, the overlap of one box; `odLength`, 20 answered boxes of 8 classes against 20 true ones. Both sides score
+the same completions. The service's figure takes in packing, sockets, both processes and the check of what comes back.
 """
 
 from __future__ import annotations
