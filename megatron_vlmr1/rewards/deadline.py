@@ -19,7 +19,7 @@ class _Interrupt(BaseException):
     """Not an Exception, which libraries catch and go on."""
 
 
-def within(seconds: float, function: Callable[[], _T]) -> _T:
+def within(seconds: float, function: Callable[[], _T], blamed: str = "too_hard") -> _T:
     """Return ``function()``, or give up after `seconds` of wall-clock time.
 
     Works in the main thread, where signals are delivered; a timer that was running goes on afterwards, at most
@@ -27,7 +27,7 @@ def within(seconds: float, function: Callable[[], _T]) -> _T:
     its deadline. One operation of the interpreter (a power of large integers) is not interrupted.
 
     Raises:
-        RewardFailure: `too_hard`, out of time.
+        RewardFailure: out of time; the reason begins with `blamed`.
     """
     if threading.current_thread() is not threading.main_thread():
         return function()
@@ -46,7 +46,7 @@ def within(seconds: float, function: Callable[[], _T]) -> _T:
         finally:
             armed = False
     except _Interrupt:
-        raise RewardFailure(f"too_hard: no result within {seconds:g} s") from None
+        raise RewardFailure(f"{blamed}: no result within {seconds:g} s") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

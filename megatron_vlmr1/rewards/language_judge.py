@@ -38,7 +38,7 @@ def verdict(answer: str, truth: str) -> float:
     messages = [{"role": "system", "content": _TASK}, {"role": "user", "content": question}]
     body = json.dumps({"model": model, "temperature": 0, "messages": messages}).encode()
     try:
-        return _value(within(TIMEOUT_S, lambda: _ask(f"{url.rstrip('/')}/chat/completions", body)))
+        return _value(within(TIMEOUT_S, lambda: _ask(f"{url.rstrip('/')}/chat/completions", body), "llm judge"))
     except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError) as error:
         raise RewardFailure(f"llm judge: {type(error).__name__}: {str(error)[:120]}") from error
 

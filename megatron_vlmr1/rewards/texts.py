@@ -14,14 +14,7 @@ from megatron_vlmr1.rewards import answers
 from megatron_vlmr1.rewards.answers import DIGIT
 from megatron_vlmr1.rewards.item import RewardFailure
 
-_KEYWORDS = ["答案", "选择", "正确", "是", "对", "ANSWER", "CORRECT", "CHOOSE", "SELECT", "RIGHT"] + [
-    "认为",
-    "应该",
-    "觉得",
-    "THINK",
-    "BELIEVE",
-    "SHOULD",
-]
+_KEYWORDS = "答案 选择 正确 是 对 认为 应该 觉得 ANSWER CORRECT CHOOSE SELECT RIGHT THINK BELIEVE SHOULD".split()
 _CAPITALS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _NUMBER = re2.compile(rf"{DIGIT}+(?:[.,]{DIGIT}+)*")
 
@@ -52,22 +45,24 @@ def numbers(text: str) -> list[str]:
 def choice(text: str) -> str | None:
     """Return the capital letter of the one option that an answer names, or None.
 
-    An option at the start is followed by one of ``) . :``; else the one standalone capital letter before punctuation
-    or the end counts, and several different ones are none.
+    An option at the start is followed by one of ``) . :``. Elsewhere a letter in brackets or a capital before
+    punctuation or the end is one, and several different ones are none.
     """
-    bare = text.strip().strip("()[]*.,:").upper()
+    bare = text.strip(" \t\r\n()[]*.,:").upper()
     if bare in _CAPITALS:
         return bare
-    head = text.strip().lstrip("([*")[:2].upper()
-    if head[:1] in _CAPITALS and head[1:] and head[1:] in ").:]":
+    head = text.lstrip(" \t\r\n([*")[:2].upper()
+    if head[:1] in _CAPITALS and head[1:] in (")", ".", ":", "]"):
         return head[0]
     neighbours = zip(" " + text, text, text[1:] + ".", strict=False)
-    named = {
-        letter
-        for before, letter, after in neighbours
-        if letter in _CAPITALS and after in ").,?!:;]*" and not before.isalnum() and before not in "'’_"
-    }
+    named = {letter.upper() for before, letter, after in neighbours if _is_option(before, letter, after)}
     return named.pop() if len(named) == 1 else None
+
+
+def _is_option(before: str, letter: str, after: str) -> bool:
+    if before + after in ("()", "[]"):
+        return letter.upper() in _CAPITALS
+    return letter in _CAPITALS and after in ").,?!:;]*" and not before.isalnum() and before not in "'’_"
 
 
 def clean_text(text: str) -> str:

@@ -5,7 +5,7 @@ as much text as `mathematics.MAX_CHARACTERS`; where it would need more, or longe
 
 Mended in the default mode:
 - the first answer block counts, and only an answer block: no answer is a 0;
-- the truth is read over line ends, and an empty one is a failure;
+- an empty truth is a failure;
 - a number inside a text is no number: "3 dogs" is not "3 cats", and texts with different numbers are different;
 - a number or formula is right or wrong, and of several numbers in a sentence none counts;
 - a letter is right or wrong, and "(A)", "A)" and "a" name it;
@@ -62,8 +62,10 @@ def score(item: RewardItem) -> float:
     return _similarity(texts.plain(answer), texts.plain(truth))
 
 
-def ratio(a: str, b: str) -> float:
+def ratio(a: str, b: str, least: float = 0.0) -> float:
     """Return the Levenshtein ratio in [0, 1]: twice the longest common subsequence over the sum of the lengths.
+
+    One below `least` is returned as 0, which takes less time.
 
     Raises:
         RewardFailure: too_hard, more than MAX_CELLS to compare.
@@ -72,7 +74,7 @@ def ratio(a: str, b: str) -> float:
         raise RewardFailure(f"too_hard: texts of {len(a)} and {len(b)} characters")
     from rapidfuzz.distance import Indel
 
-    return float(Indel.normalized_similarity(a, b))
+    return float(Indel.normalized_similarity(a, b, score_cutoff=least))
 
 
 def numeric(content: str, solution: str) -> float | None:
@@ -87,8 +89,8 @@ def _similarity(answer: str, truth: str) -> float:
     """The ratio of two texts, or 0 where it is too small or their numbers differ."""
     if 2 * min(len(answer), len(truth)) < MIN_RATIO * (len(answer) + len(truth)):
         return 0.0  # their lengths alone are too different
-    value = ratio(answer, truth)
-    return value if value >= MIN_RATIO and texts.numbers(answer) == texts.numbers(truth) else 0.0
+    value = ratio(answer, truth, MIN_RATIO)
+    return value if value and texts.numbers(answer) == texts.numbers(truth) else 0.0
 
 
 def _is_formula(text: str) -> bool:

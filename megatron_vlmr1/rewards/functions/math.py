@@ -4,7 +4,6 @@ Within DEADLINE_S, in the main thread; what is too hard (`mathematics.refuse_hop
 
 Mended in the default mode:
 - only an answer block counts, the first: no answer is a 0;
-- letters keep their case: x is not X;
 - LaTeX needs no dollar signs around it;
 - an ``\fbox`` is a box, and a box is opened for math_verify too;
 - an empty truth is a failure.

@@ -4,7 +4,7 @@ Mended in the default mode:
 - "(A)", "A)" and "a" name an option, also inside a sentence where they have their bracket;
 - only an answer block counts, the first: no answer is a 0;
 - several options name none, instead of the one that a list of words prefers;
-- a truth that names no option is a failure.
+- a truth may stand on a line of its own inside its tags; one that names no option is a failure.
 """
 
 from __future__ import annotations
