@@ -84,7 +84,7 @@ def test_hostile_text(name: str, kind: str, compat: str) -> None:
                     if times[-1] < limit_s:
                         break
                 assert min(times) < (0.5 if compat == "vlm-r1" else limit_s)
-                if compat == "none" and len(text.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES and name != "llm":
+                if compat == "none" and len(text.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
                     assert reason is not None and reason.startswith("too_long")
                 elif name in ("mcq", "yes_no", "all_match"):
                     assert reason is None
