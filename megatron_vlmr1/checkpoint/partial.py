@@ -6,12 +6,13 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 from megatron_vlmr1.checkpoint import store
+from megatron_vlmr1.runtime import distributed
 
 _SPARE_BYTES = 1 << 26  # of disk space, for everything but weights
 
@@ -31,6 +32,46 @@ def check_new(out: Path, source: Path) -> None:
         raise ValueError(f"{out}: exists already; name a new directory")
     if out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{out}: lies in {source}, which it is made of; name a directory elsewhere")
+
+
+def make(
+    out: Path, plan: str, prepare: Callable[[], None], write: Callable[[], None], complete: Callable[[], None]
+) -> None:
+    """Make a directory in `path_of(out)`, where an interrupted attempt with the same plan has left off, and name it.
+
+    In a job all ranks call it.
+
+    Args:
+        out: new directory.
+        plan: what must be the same for an attempt to go on with what another has left.
+        prepare: done by the first rank, before anything is written.
+        write: done by all ranks: each one's share of the work.
+        complete: done by the first rank, when all shares are there.
+
+    Raises:
+        ValueError: the directory is somebody else's, or the disk is too small or fills up.
+        OSError: the disk failed; nothing was published.
+    """
+    place = path_of(out)
+    with ExitStack() as held:
+
+        def begin() -> None:
+            with room(place):
+                held.enter_context(making(out, plan))
+                prepare()
+
+        def share() -> None:
+            with room(place):
+                write()
+
+        def end() -> None:
+            with room(place):
+                complete()
+                publish(out)
+
+        distributed.together(begin, only_first=True)
+        distributed.together(share)
+        distributed.together(end, only_first=True)
 
 
 @contextmanager

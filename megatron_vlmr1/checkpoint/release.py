@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +12,7 @@ import torch
 
 from megatron_vlmr1.checkpoint import partial, tensorfile
 from megatron_vlmr1.checkpoint.locate import hf_directory
-from megatron_vlmr1.checkpoint.partial import check_new, making, need_space, room
+from megatron_vlmr1.checkpoint.partial import check_new, need_space
 from megatron_vlmr1.checkpoint.tensorfile import Entry
 from megatron_vlmr1.checkpoint.weights import HfWeights
 from megatron_vlmr1.checkpoint.writer import MAX_SHARD_BYTES, copy_side_files, name_dtype, shard_name, write_index
@@ -113,28 +112,20 @@ def publish(
     place = partial.path_of(out)
     files = [(place / shard_name(i, len(shards)), shard) for i, shard in enumerate(shards, start=1)]
     rank, world = distributed.place()
-    with ExitStack() as held:
 
-        def start() -> None:
-            with room(place):
-                held.enter_context(making(out, _plan(weights, side, shape, shards)))
-            need_space(place, _bytes(_missing(files)))
+    def complete() -> None:
+        _add_side_files(side, place, {entry.dtype for shard in shards for entry in shard}, more)
+        if len(shards) > 1:
+            write_index(place)
+        HfWeights(place).check(shape)
 
-        def write() -> None:
-            with room(place):
-                _write_shards(weights, files[rank::world], progress)
-
-        def complete() -> None:
-            with room(place):
-                _add_side_files(side, place, {entry.dtype for shard in shards for entry in shard}, more)
-                if len(shards) > 1:
-                    write_index(place)
-                HfWeights(place).check(shape)
-                partial.publish(out)
-
-        distributed.together(start, only_first=True)
-        distributed.together(write)
-        distributed.together(complete, only_first=True)
+    partial.make(
+        out,
+        plan_of(weights, side, shape, [[(entry.name, str(entry.dtype)) for entry in shard] for shard in shards]),
+        lambda: need_space(place, _bytes(_missing(files))),
+        lambda: _write_shards(weights, files[rank::world], progress),
+        complete,
+    )
     return out
 
 
@@ -149,7 +140,7 @@ def _write_shards(weights: Source, files: Sequence[tuple[Path, list[Entry]]], pr
     progress(done, total)
     for path, shard in files:
         if not path.exists():
-            tensorfile.write(path, shard, lambda e: _pieces(weights, e), _after(done, total, progress))
+            tensorfile.write(path, shard, lambda e: _pieces(weights, e), after(done, total, progress))
             done += _bytes([shard])
 
 
@@ -166,7 +157,8 @@ def _cut(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
     return shards
 
 
-def _after(before: int, total: int, progress: Progress) -> Callable[[int], None]:
+def after(before: int, total: int, progress: Progress) -> Callable[[int], None]:
+    """Return what tells of bytes done on top of those before."""
     return lambda done: progress(before + done, total)
 
 
@@ -174,12 +166,11 @@ def _bytes(shards: Iterable[Sequence[Entry]]) -> int:
     return sum(entry.nbytes for shard in shards for entry in shard)
 
 
-def _plan(weights: Source, side: Path, shape: VlmShape, shards: Sequence[Sequence[Entry]]) -> str:
-    """What must be the same for an interrupted export to go on."""
-    files = [(path.name, info.st_size, info.st_mtime_ns) for path in weights.files() for info in [path.stat()]]
-    cut = [[(entry.name, str(entry.dtype)) for entry in shard] for shard in shards]
+def plan_of(weights: Source, side: Path, shape: VlmShape, files: object) -> str:
+    """Return what must be the same for an interrupted conversion to go on; `files` says how it is cut."""
+    read = [(path.name, info.st_size, info.st_mtime_ns) for path in weights.files() for info in [path.stat()]]
     places = [str(path.resolve()) for path in (weights.directory, side)]
-    return json.dumps({"source": places, "files": files, "shape": asdict(shape), "shards": cut})
+    return json.dumps({"source": places, "read": read, "shape": asdict(shape), "files": files})
 
 
 def _pieces(weights: Source, entry: Entry) -> Iterator[torch.Tensor]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 import torch
+
+from megatron_vlmr1.checkpoint.proven import proven
 
 T = TypeVar("T")
 
@@ -25,9 +24,6 @@ DTYPES = {
     "F16": torch.float16,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_READ_BYTES = 1 << 20  # memory of larger ones is taken from the system anew each time
-_HASH_THREADS = 2
-_FLUSH_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ def write(
     pieces: Callable[[Entry], Iterable[torch.Tensor]],
     progress: Callable[[int], None],
 ) -> None:
-    """Write a file, flush it, read it back, and give it its name only if its bytes are the ones that were meant.
+    """Write a file, read it back from the disk, and give it its name only if its bytes are the ones that were meant.
 
     Args:
         path: of the finished file.
@@ -81,45 +77,11 @@ def write(
     Raises:
         OSError: the disk failed, or gave back other bytes; there is no file of that name.
     """
-    temporary = path.with_name(path.name + ".partial")
     head = header(entries)
-    meant: list[tuple[int, bytes]] = []
-    done = -len(head)
-    with ThreadPoolExecutor(1) as pool, temporary.open("wb") as out, flushed(out) as flush_early:
+    with proven(path) as out:
         for data in chain([memoryview(head)], ahead(_blocks(entries, pieces))):
-            digest = pool.submit(_sha256, data)
             out.write(data)
-            meant.append((len(data), digest.result()))
-            flush_early()
-            progress(done := done + len(data))
-    if not _holds(temporary, meant):
-        raise OSError(f"{temporary}: the disk gave back other bytes than were written")
-    temporary.rename(path)
-
-
-@contextmanager
-def flushed(file: IO[bytes]) -> Iterator[Callable[[], None]]:
-    """Flush a file to the disk at the end of the block, and again and again before, so that little is left then.
-
-    What is yielded is to be called after each piece.
-    """
-    flushing: Future[None] | None = None
-    since = file.tell()
-
-    def early() -> None:
-        nonlocal flushing, since
-        if file.tell() - since >= _FLUSH_BYTES and (flushing is None or flushing.done()):
-            if flushing is not None:
-                flushing.result()
-            file.flush()
-            flushing, since = pool.submit(os.fdatasync, file.fileno()), file.tell()
-
-    with ThreadPoolExecutor(1) as pool:
-        yield early
-        if flushing is not None:
-            flushing.result()
-        file.flush()
-        os.fsync(file.fileno())
+            progress(out.tell() - len(head))
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
@@ -172,27 +134,3 @@ def _blocks(entries: Sequence[Entry], pieces: Callable[[Entry], Iterable[torch.T
             written += len(data := as_bytes(piece))
             yield data
         assert written == entry.nbytes, (entry, written)
-
-
-def _sha256(data: memoryview) -> bytes:
-    return hashlib.sha256(data).digest()
-
-
-def _holds(path: Path, meant: Sequence[tuple[int, bytes]]) -> bool:
-    """Return whether a file consists of blocks of these lengths and digests."""
-    offsets = [0]
-    for size, _ in meant:
-        offsets.append(offsets[-1] + size)
-    with path.open("rb") as stream, ThreadPoolExecutor(_HASH_THREADS) as pool:
-        fd = stream.fileno()
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
-        found = pool.map(lambda i: _sha256_at(fd, offsets[i], offsets[i + 1]), range(len(meant)))
-        same = [digest == expected for digest, (_, expected) in zip(found, meant, strict=True)]
-        return all(same) and os.fstat(fd).st_size == offsets[-1]
-
-
-def _sha256_at(fd: int, start: int, stop: int) -> bytes:
-    digest = hashlib.sha256()
-    for offset in range(start, stop, _READ_BYTES):
-        digest.update(os.pread(fd, min(_READ_BYTES, stop - offset), offset))
-    return digest.digest()

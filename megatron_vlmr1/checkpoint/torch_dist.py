@@ -7,30 +7,33 @@ lies beside it under its published names.
 from __future__ import annotations
 
 import io
-import secrets
+import shutil
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-from megatron_vlmr1.checkpoint import partial, release, torch_dist_write
+from megatron_vlmr1.checkpoint import partial, release
 from megatron_vlmr1.checkpoint.locate import hf_directory
-from megatron_vlmr1.checkpoint.partial import check_new, making, need_space, room
-from megatron_vlmr1.checkpoint.release import Progress
+from megatron_vlmr1.checkpoint.partial import check_new, need_space
+from megatron_vlmr1.checkpoint.release import Progress, plan_of
 from megatron_vlmr1.checkpoint.tensorfile import Entry, row_ranges
 from megatron_vlmr1.checkpoint.torch_dist_files import Chunk
 from megatron_vlmr1.checkpoint.torch_dist_names import LANGUAGE_PREFIX, Part, extra_states, parts
 from megatron_vlmr1.checkpoint.torch_dist_source import MegatronWeights
+from megatron_vlmr1.checkpoint.torch_dist_write import Files
 from megatron_vlmr1.checkpoint.weights import HfWeights
 from megatron_vlmr1.checkpoint.writer import MAX_SHARD_BYTES, copy_side_files, name_dtype
 from megatron_vlmr1.models import families
 from megatron_vlmr1.models.shape import VlmShape
+from megatron_vlmr1.runtime import distributed
 
 _PIECE_BYTES = 1 << 24
 _TRACKER = "latest_checkpointed_iteration.txt"
 _SIDE = "huggingface"
+_NOTES = "notes"
 _RELEASE = "release"
 
 
@@ -40,51 +43,74 @@ def export_torch_dist(
     dtype: torch.dtype | None = None,
     progress: Progress = lambda done, total: None,
     prefix: str = LANGUAGE_PREFIX,
+    max_file_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Make a Megatron checkpoint of a model: OUT/release, and OUT/huggingface with what lay beside the weights.
 
-    It is made in ``OUT.partial`` and gets its name when every number has been read back. An interrupted one is begun
-    anew. A second copy of the embedding that a tied model's directory may hold is left out.
+    It is made in ``OUT.partial`` and gets its name when every byte has been read back; one that was interrupted goes on
+    where it stopped. In a job all ranks call it and share the files out. A second copy of the embedding that a tied
+    model's directory may hold is left out.
 
     Args:
         checkpoint: a checkpoint, a run directory (its newest), or a Hugging Face directory.
         out: new directory.
         dtype: of the weights; None keeps each tensor's own.
-        progress: told of every piece.
+        progress: told of every piece of this rank's share.
         prefix: of the language model's keys; empty for a plain GPTModel.
+        max_file_bytes: numbers in one file.
 
     Raises:
         ValueError: `out` exists, the checkpoint is damaged or not there, or the disk is too small or fills up.
         OSError: the disk failed; nothing was published.
     """
-    source = hf_directory(checkpoint)
+    source = hf_directory(checkpoint, check=distributed.place()[0] == 0)
     check_new(out, source)
     weights = HfWeights(source)
     weights.check(shape := families.read_shape(source))
     found = parts(shape, prefix)
     entries = _entries(weights, found, shape.text.num_layers, dtype)
-    total = sum(entry.nbytes for entry in entries.values())
-    # A plan like no other's: no attempt goes on with it.
-    with room(partial.path_of(out)), making(out, f"torch_dist {secrets.token_hex(8)}") as place:
-        need_space(place, total)
-        (directory := place / _RELEASE).mkdir()
-        progress(0, total)
-        torch_dist_write.write(
-            directory,
-            [*entries.values()],
-            _chunks(weights, found, entries),
-            extra_states(shape, prefix),
-            lambda done: progress(done, total),
-        )
-        save_config(CheckpointingConfig("torch_dist", 1), str(directory))
-        (directory / "common.pt").write_bytes(_common(shape))
-        (side := place / _SIDE).mkdir()
+    pieces = _pieces(found, entries)
+    place = partial.path_of(out)
+    files = Files(place / _RELEASE, place / _NOTES, [*pieces], [*entries.values()], max_file_bytes)
+    kinds = [(name, str(entry.dtype)) for name, entry in entries.items()]
+
+    def prepare() -> None:
+        need_space(place, sum(files.nbytes(files.chunks[number]) for number in files.missing()))
+        for directory in (files.directory, files.notes):
+            directory.mkdir(exist_ok=True)
+
+    def read(chunk: Chunk) -> torch.Tensor:
+        part, start, stop = pieces[chunk]
+        return _part_rows(weights, part, start, stop).to(entries[part.key].dtype).view(chunk.size)
+
+    def complete() -> None:
+        files.complete(extra_states(shape, prefix))
+        save_config(CheckpointingConfig("torch_dist", 1), str(files.directory))
+        (files.directory / "common.pt").write_bytes(_common(shape))
+        (side := place / _SIDE).mkdir(exist_ok=True)
         copy_side_files(source, side)
         if len(dtypes := {entry.dtype for entry in entries.values()}) == 1:
             name_dtype(side, next(iter(dtypes)))
         (place / _TRACKER).write_text(_RELEASE, encoding="utf-8")
-        partial.publish(out)
+        shutil.rmtree(files.notes)
+
+    plan = plan_of(weights, source, shape, {"prefix": prefix, "size": max_file_bytes, "tensors": kinds})
+    partial.make(out, plan, prepare, lambda: _write_share(files, read, progress), complete)
     return out
+
+
+def _write_share(files: Files, read: Callable[[Chunk], torch.Tensor], progress: Progress) -> None:
+    """Write those of this rank's files that are not there yet."""
+    rank, world = distributed.place()
+    mine = range(rank, len(files.chunks), world)
+    sizes = {number: files.nbytes(files.chunks[number]) for number in mine}
+    missing = [number for number in files.missing() if number in sizes]
+    total = sum(sizes.values())
+    done = total - sum(sizes[number] for number in missing)
+    progress(done, total)
+    for number in missing:
+        files.write(number, read, release.after(done, total, progress))
+        done += sizes[number]
 
 
 def import_torch_dist(
@@ -185,19 +211,14 @@ def _entries(weights: HfWeights, found: list[Part], layers: int, dtype: torch.dt
     return out
 
 
-def _chunks(
-    weights: HfWeights, found: list[Part], entries: Mapping[str, Entry]
-) -> Iterator[tuple[Chunk, torch.Tensor]]:
-    """Yield all parts in pieces, each read when it is asked for."""
+def _pieces(found: list[Part], entries: Mapping[str, Entry]) -> dict[Chunk, tuple[Part, int, int]]:
+    """Return what is written at once, in order, and the rows of a part that each of it is."""
+    out = {}
     for part in found:
-        dtype = entries[part.key].dtype
         lead = () if part.layer is None else (part.layer,)
-        for start, stop in row_ranges(Entry(part.key, part.shape, dtype), _PIECE_BYTES):
-            values = _part_rows(weights, part, start, stop).to(dtype)
-            yield (
-                Chunk.rows(part.key, lead, start, stop, part.shape[1:]),
-                values.view(*(1 for _ in lead), *values.shape),
-            )
+        for start, stop in row_ranges(Entry(part.key, part.shape, entries[part.key].dtype), _PIECE_BYTES):
+            out[Chunk.rows(part.key, lead, start, stop, part.shape[1:])] = (part, start, stop)
+    return out
 
 
 def _part_rows(weights: HfWeights, part: Part, start: int, stop: int) -> torch.Tensor:

@@ -75,7 +75,7 @@ def add_parser(subparsers: Any) -> None:
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", help="new directory")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="type of the weights (default: as they are)")
-    parser.add_argument("--max-shard-size", type=byte_size, metavar="SIZE", help="of a safetensors file (default: 5GB)")
+    parser.add_argument("--max-shard-size", type=byte_size, metavar="SIZE", help="of a file of weights (default: 5GB)")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes to share the files out over")
 
 
@@ -109,8 +109,6 @@ def _shared_out(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.
         if args.nproc < 1:
             raise ValueError(f"--nproc {args.nproc}: at least one process")
         me = identity()
-        if getattr(args, "format", "hf") == "torch_dist" and (args.nproc > 1 or (me is not None and me.world > 1)):
-            raise ValueError("--format torch_dist writes one file: start one process")
         if me is None and args.nproc > 1:
             return _run_ranks(args.nproc, rank_command(args.words))
         return run(args) if me is None else _as_rank(run, args)
@@ -172,11 +170,11 @@ def _export_torch_dist(args: argparse.Namespace) -> int:
     from megatron_vlmr1.checkpoint.torch_dist import export_torch_dist
     from megatron_vlmr1.checkpoint.torch_dist_names import LANGUAGE_PREFIX
 
-    if args.max_shard_size is not None:
-        raise ValueError("--max-shard-size is for safetensors: --format torch_dist writes one file")
     prefix = LANGUAGE_PREFIX if args.prefix is None else args.prefix
+    checkpoint, out = Path(args.checkpoint), Path(args.out)
     with byte_progress("export") as progress:
-        print(export_torch_dist(Path(args.checkpoint), Path(args.out), _dtype(args), progress, prefix))
+        export_torch_dist(checkpoint, out, _dtype(args), progress, prefix, _shard_bytes(args))
+    _say(out)
     return DONE
 
 

@@ -60,11 +60,21 @@ def add_parser(subparsers: Any) -> None:
     serve = commands.add_parser(
         "serve",
         help="run the reward service in the foreground",
-        description="Serves until it is interrupted. Whoever may open the socket may use it.",
-        epilog="example: vlmr1 rewards serve --bind ipc:///run/user/1000/rewards --workers 4",
+        description="Serves until it is interrupted: on a socket of this machine whoever may open it, on the network "
+        "the owners of the keys in FOLDER/clients. A trainer uses it with rewards.address and rewards.keys.",
+        epilog="example: vlmr1 rewards serve --bind tcp://0.0.0.0:5555 --keys rewards-keys --workers 32",
     )
-    serve.add_argument("--bind", metavar="ipc://PATH", required=True, help="where to listen")
+    serve.add_argument("--bind", metavar="ADDRESS", required=True, help="ipc://PATH, or tcp://ADDRESS:PORT with --keys")
+    serve.add_argument("--keys", type=Path, metavar="FOLDER", help="made by `vlmr1 rewards keys`")
     serve.set_defaults(run=run_serve)
+    keys = commands.add_parser(
+        "keys",
+        help="make keys for a service on another node",
+        description="Makes a folder of CURVE keys for a reward service and those who may ask it.",
+        epilog="example: vlmr1 rewards keys rewards-keys",
+    )
+    keys.add_argument("folder", type=Path, help="new folder")
+    keys.set_defaults(run=run_keys)
     for command in (score, serve):
         command.add_argument("--workers", type=int, help="reward processes")
         command.add_argument("--deadline-s", type=float, metavar="S", help="seconds an item may take")
@@ -109,12 +119,26 @@ def run_serve(args: argparse.Namespace) -> int:
     from megatron_vlmr1.rewards.pool import PoolSettings
 
     config = _config(args)
-    if not args.bind.startswith("ipc://"):
-        raise ValueError(f"--bind {args.bind}: expected ipc://PATH")
+    if not args.bind.startswith(("ipc://", "tcp://")):
+        raise ValueError(f"--bind {args.bind}: expected ipc://PATH or tcp://ADDRESS:PORT")
     files = tuple(os.path.abspath(path) for path in args.functions)
-    command = server.command(args.bind, PoolSettings(config.workers, config.deadline_s, config.memory_bytes, files))
+    settings = PoolSettings(config.workers, config.deadline_s, config.memory_bytes, files)
+    command = server.command(args.bind, settings, args.keys)
     # Reward processes import the main module of the process that starts them: the slim server, not this program.
     os.execve(command[0], command, server.environment())  # noqa: S606 - our own module, no shell
+
+
+def run_keys(args: argparse.Namespace) -> int:
+    """Make keys.
+
+    Raises:
+        ValueError: the folder exists.
+    """
+    from megatron_vlmr1.rewards import keys
+
+    keys.create(args.folder)
+    print(args.folder)
+    return errors.DONE
 
 
 def _config(args: argparse.Namespace) -> RewardsConfig:

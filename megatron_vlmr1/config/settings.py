@@ -266,6 +266,11 @@ class RewardsConfig(Section):
     `accu_reward_method`, else the task's."""
     compat: Literal["none", "vlm-r1"] = "none"
     """vlm-r1 reproduces the published functions, quirks included."""
+    address: str | None = None
+    """tcp://HOST:PORT (or ipc://PATH) of a service that `vlmr1 rewards serve` runs, in place of one on each node. It
+    has its own workers, deadline and memory limit; deadline_s and workers here say how long to wait for it."""
+    keys: str | None = None
+    """Folder of `vlmr1 rewards keys`; a service on tcp asks for them."""
     workers: PositiveInt = 2
     """Reward processes per node."""
     deadline_s: PositiveFloat = 10.0

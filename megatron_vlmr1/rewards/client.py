@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any, Self
 
 import zmq
 
+from megatron_vlmr1.rewards import keys as keys_of
 from megatron_vlmr1.rewards import wire
 from megatron_vlmr1.rewards.item import RewardItem
 from megatron_vlmr1.types import Score
@@ -36,7 +38,16 @@ class RewardClient:
     pings what a restarted service does not know, and sends it again.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, keys: Path | None = None) -> None:
+        """Connect.
+
+        Args:
+            address: of the service.
+            keys: folder of CURVE keys, for a service that asks for them.
+
+        Raises:
+            ValueError: a key is missing.
+        """
         self._pending: dict[int, _Pending] = {}
         self._unsent: deque[int] = deque()
         self._at_service = 0
@@ -54,6 +65,8 @@ class RewardClient:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a service that is not there
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        if keys is not None:
+            keys_of.for_client(self._socket, keys)
         self._socket.connect(address)
 
     def __enter__(self) -> Self:

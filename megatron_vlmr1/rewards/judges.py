@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlmr1.config import RewardsConfig
+from megatron_vlmr1.parallel import reduce
 from megatron_vlmr1.parallel.mesh import Mesh
-from megatron_vlmr1.rewards import tasks
+from megatron_vlmr1.rewards import failures, tasks
 from megatron_vlmr1.rewards.client import RewardClient
 from megatron_vlmr1.rewards.item import Compat, Family
 from megatron_vlmr1.rewards.service import RewardService
@@ -23,6 +24,10 @@ from megatron_vlmr1.rewards.task import Task
 from megatron_vlmr1.runtime import device, distributed
 from megatron_vlmr1.runtime.ranks import identity
 from megatron_vlmr1.types import Completion, Group, Prompt, Score
+
+_ELSEWHERE = "failed; see the log of the rank that asked"
+_QUOTED = 300  # characters of a text that failed
+_ANSWER_S = 60.0  # time that a service elsewhere has to answer
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +45,7 @@ class Judges:
         """Connect.
 
         Args:
-            address: of the node's reward service, empty where nothing will be asked.
+            address: of the reward service, empty where nothing will be asked.
             task: renders items.
             cfg: weights and deadlines.
             mesh: the ranks of training.
@@ -53,7 +58,9 @@ class Judges:
         self.family = family
         self.weights = dict(cfg.weights or task.recipe)
         self._cfg, self._longest_s = cfg, 0.8 * timeout_s
-        self._client = RewardClient(address) if asks and address else None
+        keys = Path(cfg.keys) if cfg.keys else None
+        self._client = RewardClient(address, keys) if asks and address else None
+        self._failures: Counter[str] = Counter()
         self._asked: dict[tuple[int, int], Prompt] = {}
 
     def submit(self, index: int, number: int, prompt: Prompt, completion: Completion) -> None:
@@ -81,6 +88,31 @@ class Judges:
             self._log_failures(list(scores.values()))
         return self._shared(groups, scores)
 
+    def first_failure(self, groups: Sequence[Group]) -> str:
+        """Return the reason, the prompt and the text of the first failure that this rank knows of, or nothing."""
+        for group in groups:
+            for completion, score in zip(group.completions, group.scores, strict=True):
+                if score.failure is not None and score.failure != _ELSEWHERE:
+                    said = completion.text[:_QUOTED].encode("utf-8", "backslashreplace").decode()
+                    return f"{score.failure}; of prompt {group.prompt.key!r}, which was answered {said!r}"
+        return ""
+
+    def answered(self) -> bool:
+        """Return whether the service answers, on all ranks that ask; true where nothing is asked."""
+        return self._client is None or self._client.alive(_ANSWER_S)
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return `reward/latency_p50_s`, `reward/latency_p99_s` and `reward/queue_depth` of the slowest service, and
+        `reward/failed/KIND`, the number of failures of each kind since the last call; all ranks call it.
+        """
+        found = self._client.stats() if self._client is not None else {}
+        names = {"latency_p50_s", "latency_p99_s", "queue_depth"}
+        slowest = reduce.maxima({name: float(found.get(name, 0.0)) for name in sorted(names)}, speaks=True)
+        failed = reduce.sums({kind: float(self._failures[kind]) for kind in failures.KINDS}, speaks=True)
+        self._failures.clear()
+        out = {f"reward/{name}": value for name, value in slowest.items()}
+        return out | {f"reward/failed/{kind}": count for kind, count in failed.items() if count}
+
     def stats(self) -> dict[str, Any]:
         """Return the service's figures where this rank asks it, else nothing."""
         return self._client.stats() if self._client is not None else {}
@@ -97,8 +129,9 @@ class Judges:
         return replace(score, parts={name: score.parts[self.task.reward(name, prompt)] for name in self.weights})
 
     def _log_failures(self, scores: list[Score]) -> None:
-        failures = Counter(s.failure for s in scores if s.failure is not None)
-        for reason, count in failures.most_common(3):
+        reasons = Counter(s.failure for s in scores if s.failure is not None)
+        self._failures.update(failures.kind(s.failure) for s in scores if s.failure is not None)
+        for reason, count in reasons.most_common(3):
             logger.warning("reward failed for %d of %d completions: %s", count, len(scores), reason)
 
     def _shared(self, groups: Sequence[Group], scores: dict[tuple[int, int], Score]) -> list[Group]:
@@ -131,7 +164,7 @@ def _score(row: list[float], names: list[str], own: Score | None) -> Score:
     if value == value:
         return Score(value, dict(zip(names, parts, strict=True)))
     reason = own.failure if own is not None else None
-    return Score(None, failure=reason or "failed; see the log of the rank that asked")
+    return Score(None, failure=reason or _ELSEWHERE)
 
 
 @contextmanager
@@ -147,21 +180,27 @@ def judges(
 ) -> Iterator[Judges]:
     """Start a reward service on each node's first rank and connect the ranks that ask to their own node's.
 
-    Without `serve` nothing is started, for groups that have their scores already.
+    With `rewards.address` they are connected to that one, and nothing is started. Without `serve` nothing is asked, for
+    groups that have their scores already.
 
     Raises:
-        ValueError: an unknown task or reward, or settings that the service refuses.
+        ValueError: an unknown task or reward, settings that the service refuses, or no service at `rewards.address`.
     """
     tasks.check(task, cfg.weights)
     files = [Path(path) for path in tasks.files(task)]
     with ExitStack() as stack:
         me = identity()
         local_rank = me.local_rank if me else 0
-        starts = serve and local_rank == 0
-        address = stack.enter_context(RewardService(cfg, log_dir, files)).address if starts else ""
-        address = distributed.from_node_leader(address, local_rank)
+        if cfg.address is not None:
+            address = cfg.address if serve else ""
+        else:
+            starts = serve and local_rank == 0
+            address = stack.enter_context(RewardService(cfg, log_dir, files)).address if starts else ""
+            address = distributed.from_node_leader(address, local_rank)
         asked = Judges(address, tasks.get(task), cfg, mesh, asks, timeout_s, _family(model_type))
         stack.callback(asked.close)
+        problem = f"rewards.address: no service that knows our keys answers at {address} within {_ANSWER_S:g} s"
+        distributed.agree("" if cfg.address is None or asked.answered() else problem, ValueError)
         yield asked
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import zmq
 
 import megatron_vlmr1
+from megatron_vlmr1.rewards import keys as keys_of
 from megatron_vlmr1.rewards import wire
 from megatron_vlmr1.rewards.pool import PoolSettings, RewardPool
 from megatron_vlmr1.rewards.wire import Result
@@ -40,13 +41,22 @@ logger = logging.getLogger(__name__)
 
 
 class Server:
-    """Passes items from a socket to a pool and results back, until it is told to stop or its parent is gone.
+    """Passes items from a socket to a pool and results back, until it is told to stop or its parent is gone."""
 
-    Raises:
-        ValueError: it can't listen at `bind`.
-    """
+    def __init__(
+        self, bind: str, settings: PoolSettings, parent_pid: int | None = None, keys: Path | None = None
+    ) -> None:
+        """Listen, and start the reward processes.
 
-    def __init__(self, bind: str, settings: PoolSettings, parent_pid: int | None = None) -> None:
+        Args:
+            bind: ipc://PATH, or tcp://ADDRESS:PORT with keys.
+            settings: of the reward processes.
+            parent_pid: end with this process.
+            keys: folder of CURVE keys: only their owners are answered.
+
+        Raises:
+            ValueError: it can't listen at `bind`, or a key is missing.
+        """
         self._parent_pid = parent_pid
         self._stopping = False
         self._held: dict[bytes, set[int]] = defaultdict(set)  # tickets in hand by client
@@ -58,6 +68,9 @@ class Server:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # a full queue would drop answers; clients bound what they ask for
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_ITEM_BYTES + 1024)
+        if keys is None and not bind.startswith("ipc://"):
+            raise ValueError(f"--bind {bind}: needs --keys, or anybody on the network could use it")
+        self._authenticator = keys_of.for_server(self._socket, keys) if keys is not None else None
         try:
             self._socket.bind(bind)
         except zmq.ZMQError as error:
@@ -74,6 +87,8 @@ class Server:
             self._read()
             self._answer(self._pool.drain())
         self._pool.close()
+        if self._authenticator is not None:
+            self._authenticator.stop()
         self._socket.close()
         self._context.term()
 
@@ -126,13 +141,14 @@ class Server:
         self._socket.send_multipart([client, wire.pack(header), *payloads])
 
 
-def command(bind: str, settings: PoolSettings) -> list[str]:
+def command(bind: str, settings: PoolSettings, keys: Path | None = None) -> list[str]:
     """Return the command line of a service with these settings; run it with `environment`."""
     return [
         *(sys.executable, "-P", "-m", "megatron_vlmr1.rewards.server", "--bind", bind),
         *("--workers", str(settings.workers), "--deadline-s", str(settings.deadline_s)),
         *("--memory-bytes", str(settings.memory_bytes)),
         *(part for path in settings.files for part in ("--functions", path)),
+        *(("--keys", str(keys)) if keys is not None else ()),
     ]
 
 
@@ -148,7 +164,8 @@ def environment() -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the service in the foreground; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m megatron_vlmr1.rewards.server", description=__doc__)
-    parser.add_argument("--bind", required=True, metavar="ipc://PATH")
+    parser.add_argument("--bind", required=True, metavar="ADDRESS")
+    parser.add_argument("--keys", type=Path, metavar="FOLDER")
     parser.add_argument("--workers", type=int, required=True)
     parser.add_argument("--deadline-s", type=float, required=True)
     parser.add_argument("--memory-bytes", type=int, required=True)
@@ -160,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         die_with_parent(args.parent)
     try:
         settings = PoolSettings(args.workers, args.deadline_s, args.memory_bytes, tuple(args.functions))
-        server = Server(args.bind, settings, args.parent)
+        server = Server(args.bind, settings, args.parent, args.keys)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -125,8 +125,13 @@ def agree(problem: str, kind: type[Exception] = OSError) -> None:
     Raises:
         kind: the problem of the first rank that has one, in one line; the same on all ranks.
     """
+    if problem := first_told(problem):
+        raise kind(" ".join(problem.split()))
+
+
+def first_told(text: str) -> str:
+    """Return the text of the first rank that has one, nothing if none has; all ranks call it."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    first = torch.tensor([rank if problem else world], device=device.device())
+    first = torch.tensor([rank if text else world], device=device.device())
     dist.all_reduce(first, dist.ReduceOp.MIN)
-    if int(first) < world:
-        raise kind(" ".join(broadcast_text(problem, int(first)).split()))
+    return broadcast_text(text, int(first)) if int(first) < world else ""

@@ -10,6 +10,7 @@ from megatron_vlmr1.errors import STOPPED, RunStopped
 from megatron_vlmr1.grpo.advantages import scores_differ
 from megatron_vlmr1.grpo.shaping import OVERLONG
 from megatron_vlmr1.parallel import reduce
+from megatron_vlmr1.runtime import distributed
 from megatron_vlmr1.telemetry.samples import write_samples
 from megatron_vlmr1.train.run import Run
 from megatron_vlmr1.types import Group
@@ -43,8 +44,8 @@ def score_metrics(groups: Sequence[Group], run: Run) -> dict[str, float]:
     n, scored = max(1.0, sums["n"]), max(1.0, sums["scored"])
     failed = 1.0 - sums["scored"] / n if sums["n"] else 0.0
     if failed > run.cfg.rewards.max_failed_frac:
-        reason = next((s.failure for g in groups for s in g.scores if s.failure), "see the logs of other ranks")
-        raise RunStopped(STOPPED, f"{failed:.0%} of the scores of a step failed: {reason}")
+        told = distributed.first_told(run.judges.first_failure(groups))
+        raise RunStopped(STOPPED, f"{failed:.0%} of the scores of a step failed; the first: {told}")
     mean = sums["value"] / scored
     return {
         "reward/mean": mean,
@@ -56,6 +57,7 @@ def score_metrics(groups: Sequence[Group], run: Run) -> dict[str, float]:
         "rollout/truncated_frac": sums["truncated"] / n,
         "rollout/tokens": sums["length"],
         "data/skipped": sums["skipped"],
+        **run.judges.take_metrics(),
     }
 
 

@@ -76,7 +76,8 @@ def test_too_many_failed_rewards_stop_the_run(tmp_path: Path, capfd: pytest.Capt
     code, output = jobs.run("train", config)
     assert code == 17, output
     (line,) = [line for line in output.splitlines() if "stopped" in line]
-    assert line.startswith("vlmr1: stopped: 100% of the scores of a step failed: iou: ")
+    assert line.startswith("vlmr1: stopped: 100% of the scores of a step failed; the first: iou: ")
+    assert re.search(r"; of prompt '\d+', which was answered '.+' \(step 0, exit", line), line
     assert line.endswith("(step 0, exit code 17)")
     outcome = json.loads((tmp_path / "run/logs/attempt_0/outcome.json").read_text())
     assert (outcome["code"], outcome["step"]) == (17, 0)

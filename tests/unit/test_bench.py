@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import write_tiny_checkpoint_files
-from tools.bench import common, convert, grpo_step, logprobs, rollout, tiny, update
+from tools.bench import common, convert, grpo_step, logprobs, rewards, rollout, tiny, update
 
 
 def test_a_case_is_the_median_of_the_pairs_ratios():
@@ -99,6 +99,15 @@ def test_prompts_and_the_model_that_never_ends(tmp_path):
         assert [int((p.token_ids == image_id).sum()) for p in prompts] == [image_tokens] * 2
     grpo_step.never_end(directory)
     assert json.loads((directory / "generation_config.json").read_bytes())["eos_token_id"] == 512
+
+
+def test_rewards_through_the_service(capsys):
+    """Its own check compares every score with the loop's."""
+    case = rewards.measure("rec", rewards.arguments(["--pairs", "1", "--count", "40"]))
+    assert (case.name, case.unit) == ("rec", "scores/s") and case.ours > 0 and case.peer > 0
+    (item,) = rewards.drawn("odLength", 1)
+    assert item.completion.count("bbox_2d") == item.solution.count("bbox_2d") == rewards.BOXES
+    assert rewards.drawn("rec", 3) == rewards.drawn("rec", 3) and capsys.readouterr().out == ""
 
 
 def published_config(directory: Path) -> Path:

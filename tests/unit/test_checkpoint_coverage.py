@@ -22,6 +22,7 @@ from megatron_vlmr1.parallel import mesh as meshes
 from tests import recipes
 from tests.checkpoints import write_random_checkpoint
 from tests.recipes import layout
+from tools import check_coverage
 
 POWERS = (1, 2, 4, 8)
 LEGAL = {"3b": 12, "7b": 9, "32b": 16, "72b": 16}  # of TP and PP of 1, 2, 4 and 8, with equal shares of layers
@@ -66,6 +67,15 @@ def test_every_legal_layout_holds_every_number_of_transformers_own_model_once(pu
         if tp == pp == 1:
             assert coverage.rank_parameters == [PARAMETERS[size]]
     assert legal == LEGAL[size]
+
+
+def test_the_tool_prints_every_layout(capsys):
+    check_coverage.main(["7b", "--json"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["tp"], row["pp"]) for row in rows] == [(tp, pp) for tp in POWERS for pp in POWERS]
+    assert rows[0]["gb"] == [2 * PARAMETERS["7b"] / 1e9] and rows[0]["error"] is None
+    assert sum(row["error"] is None for row in rows) == LEGAL["7b"]
+    assert "nearest tensor x pipeline sizes that fit: " in rows[-1]["error"] and rows[-1]["gb"] == []
 
 
 def test_uneven_and_virtual_stages_of_a_real_size():

@@ -118,13 +118,6 @@ def test_metadata_cannot_change_classes(tmp_path):
     assert Path("a/b").name == "b"
 
 
-def test_several_ranks_do_not_write_one_torch_dist_file(model, tmp_path, monkeypatch, capfd):
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    assert main(["convert", "export", str(model), str(tmp_path / "out"), "--format", "torch_dist"]) == 2
-    assert "torch_dist writes one file: start one process" in capfd.readouterr().err
-
-
 def test_looking_takes_no_memory_of_a_gpu(monkeypatch):
     device.prepare_megatron()
     monkeypatch.setattr(device, "has_cuda", lambda: True)

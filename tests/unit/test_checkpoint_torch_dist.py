@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -15,11 +16,12 @@ import torch.distributed.checkpoint as torch_checkpoint
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_vlmr1.checkpoint import partial, release, tensorfile, torch_dist, torch_dist_files, torch_dist_write
+from megatron_vlmr1.checkpoint import partial, release, tensorfile, torch_dist, torch_dist_files
 from megatron_vlmr1.checkpoint.convert import differences
 from megatron_vlmr1.checkpoint.torch_dist import export_torch_dist, import_torch_dist
 from megatron_vlmr1.checkpoint.torch_dist_files import Chunk, Reader
 from megatron_vlmr1.checkpoint.torch_dist_names import parts
+from megatron_vlmr1.checkpoint.torch_dist_write import Files
 from megatron_vlmr1.checkpoint.weights import HfWeights
 from megatron_vlmr1.models.families import read_shape
 from tests.checkpoints import write_random_checkpoint
@@ -73,7 +75,7 @@ def test_there_and_back_bit_for_bit(sources, tmp_path, kind):
     ]
     assert (middle / "latest_checkpointed_iteration.txt").read_text() == "release"
     names = {path.name for path in (middle / "release").iterdir()}
-    assert names == {".metadata", "__0_0.distcp", "common.pt", "metadata.json"}
+    assert names == {".metadata", "__0_0.distcp", "__0_nothing.distcp", "common.pt", "metadata.json"}
     for number, source in enumerate((middle, middle / "release")):
         back = import_torch_dist(source, tmp_path / f"back{number}", max_shard_bytes=100_000)
         assert differences(sources / kind, back) == []
@@ -264,15 +266,14 @@ def test_unknown_names_are_refused(exported, sources, tmp_path):
     assert not list(tmp_path.glob("back*"))
 
 
-def test_changed_numbers_are_noticed_before_they_get_their_name(sources, tmp_path, monkeypatch):
-    load = torch_dist_write.load
-    monkeypatch.setattr(torch_dist_write, "load", lambda *a: load(*a).neg())
+def test_changed_bytes_are_noticed_before_they_get_their_name(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: bytes(size))
     with pytest.raises(OSError, match="the disk gave back other bytes than were written"):
         export_torch_dist(sources / "untied", tmp_path / "m")
-    assert not (tmp_path / "m").exists()
+    assert not (tmp_path / "m").exists() and not [*tmp_path.glob("*/release/*.distcp")]
 
 
-def test_a_disk_that_fills_up_is_one_line_and_the_next_try_begins_anew(sources, tmp_path, monkeypatch):
+def test_torch_s_own_word_for_a_disk_that_fills_up(sources, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         save, calls = torch.save, []
 
@@ -283,12 +284,43 @@ def test_a_disk_that_fills_up_is_one_line_and_the_next_try_begins_anew(sources, 
             save(*arguments)
 
         patch.setattr(torch, "save", failing)
-        with pytest.raises(OSError, match=r"__0_0.distcp: cannot be written: .*failed writing$"):
+        with pytest.raises(OSError, match=r"__0_0.distcp.partial: cannot be written: .*failed writing$"):
             export_torch_dist(sources / "untied", tmp_path / "m")
-    assert not (tmp_path / "m").exists() and (tmp_path / "m.partial" / "release" / "__0_0.distcp").stat().st_size
+    assert not (tmp_path / "m").exists()
     middle = export_torch_dist(sources / "untied", tmp_path / "m")
     assert differences(sources / "untied", import_torch_dist(middle, tmp_path / "back")) == []
     assert not (tmp_path / "m.partial").exists()
+
+
+@pytest.mark.parametrize("lost", ["nothing", "a note", "a file"])
+def test_an_interrupted_export_goes_on(sources, tmp_path, monkeypatch, lost):
+    """Three files are whole when it stops; what a crash of the machine may take of them is made again."""
+    write, seen = Files.write, []
+
+    def failing(self: Files, number: int, *rest: Any) -> None:
+        if len(seen) == 3:
+            raise OSError(28, "No space left on device")
+        seen.append(number)
+        write(self, number, *rest)
+
+    place, told = tmp_path / "m.partial", []
+    with monkeypatch.context() as patch:
+        patch.setattr(Files, "write", failing)
+        with pytest.raises(ValueError, match="partial: No space left on device; make room"):
+            export_torch_dist(sources / "untied", tmp_path / "m", max_file_bytes=50_000)
+    if lost == "a note":
+        (place / "notes" / "1.json").unlink()
+    if lost == "a file":
+        (place / "release" / "__1_0.distcp").unlink()
+    monkeypatch.setattr(Files, "write", lambda self, number, *rest: (seen.append(number), write(self, number, *rest)))
+    middle = export_torch_dist(
+        sources / "untied", tmp_path / "m", progress=lambda *done: told.append(done), max_file_bytes=50_000
+    )
+    count = len([*(middle / "release").glob("__*_0.distcp")])
+    assert seen == [0, 1, 2, *([] if lost == "nothing" else [1]), *range(3, count)] and count > 10
+    assert told == sorted(told) and 0 < told[0][0] < told[-1][0] == told[-1][1]
+    assert not [*middle.glob("notes*")] and not place.exists()
+    assert differences(sources / "untied", import_torch_dist(middle, tmp_path / "back")) == []
 
 
 def test_an_interrupted_import_goes_on(exported, sources, tmp_path, monkeypatch):

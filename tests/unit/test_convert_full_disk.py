@@ -70,7 +70,7 @@ def test_under_torch_s_own_writer(model, tmp_path, capfd, monkeypatch):
     original = Path.open
 
     def opened(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        return original(Path("/dev/full") if self.name == "__0_0.distcp" and "w" in mode else self, mode, *args)
+        return original(Path("/dev/full") if self.name == "__0_0.distcp.partial" and "w" in mode else self, mode, *args)
 
     out = tmp_path / "out"
     words = ("export", model, out, "--format", "torch_dist")

@@ -111,7 +111,8 @@ def test_nothing_in_nothing_out() -> None:
         (["score", "--deadline-s", "nan"], "--deadline-s: "),
         (["score", "--memory-bytes", "1000"], "memory_bytes must be at least"),
         (["score", "--functions", "/none.py"], "/none.py: no such file"),
-        (["serve", "--bind", "tcp://127.0.0.1:1"], "expected ipc://PATH"),
+        (["serve", "--bind", "udp://127.0.0.1:1"], "expected ipc://PATH or tcp://ADDRESS:PORT"),
+        (["keys", str(Path(__file__).parent)], "exists already; name a new folder"),
     ],
 )
 def test_wrong_settings_end_with_2(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +134,32 @@ def test_serve(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1].rstrip().endswith("stopped")
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("damage", ["none", "no server", "no client", "not a key", "short"])
+def test_serve_with_wrong_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    folder, command = tmp_path / "keys", [*VLMR1, "serve", "--bind", "tcp://127.0.0.1:0"]
+    assert main(["rewards", "keys", str(folder)]) == 0 and capsys.readouterr().out == f"{folder}\n"
+    secret = folder / "server.key_secret"
+    expected = {
+        "none": "error: --bind tcp://127.0.0.1:0: needs --keys",
+        "no server": f"error: {secret}: not a key (",
+        "no client": f"error: {folder}/clients: holds no key of anybody who may ask",
+        "not a key": f"error: {secret}: not a key (",
+        "short": f"error: {secret}: not a key of 32 bytes",
+    }
+    if damage == "no server":
+        secret.unlink()
+    elif damage == "no client":
+        (folder / "clients/client.key").unlink()
+    elif damage == "not a key":
+        secret.write_text("hello")
+    elif damage == "short":
+        secret.write_text('public-key = "abcde"\nsecret-key = "abcde"\n')
+    command += [] if damage == "none" else ["--keys", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.startswith(expected[damage])
 
 
 @pytest.mark.parametrize("name", ["file", "missing/socket", "x" * 120])

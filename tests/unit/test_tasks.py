@@ -105,6 +105,7 @@ def test_ovd_puts_the_instruction_first_and_asks_for_json_or_none() -> None:
 @pytest.mark.parametrize("name", tasks.names())
 def test_every_task_is_whole(name: str) -> None:
     task = tasks.get(name)
+    tasks.check(name)
     results.check(task)
     assert task.name == name and task.template.count("{question}") == 1
     assert set(task.recipe) & {task.accuracy, "accuracy"} and task.recipe["format"] == 1.0
@@ -196,6 +197,24 @@ def test_text_tasks_measure_by_their_reward(name: str, reward: str, monkeypatch:
     assert set(asked) == {reward, "format"}
     with pytest.raises(RewardFailure, match="cannot say"):
         task.metrics(said("B"), prompt("unclear"))
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "truth", "accuracy"),
+    [
+        ("mcq", "(B)", "B", 1.0),
+        ("mcq", "C", "B", 0.0),
+        ("math", "1/2", r"\frac{1}{2}", 1.0),
+        ("math", "2", r"\frac{1}{2}", 0.0),
+        ("vqa", "Red Bus.", "red bus", 1.0),
+        ("vqa", "green car", "red bus", 0.0),
+        ("gui", "Operation Error.", "Operation Error", 1.0),
+        ("gui", "Display Error", "Operation Error", 0.0),
+    ],
+)
+def test_text_tasks_with_their_own_rewards(name: str, answer: str, truth: str, accuracy: float) -> None:
+    found = tasks.get(name).metrics(said(answer), prompt(truth))
+    assert (found["accuracy"], found["format"]) == (accuracy, 1.0)
 
 
 def test_a_row_chooses_its_own_accuracy_reward() -> None:
