@@ -18,6 +18,11 @@ def to_original(box: Box, grid_thw: tuple[int, int, int], image_size: tuple[int,
     return (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
 
 
+def hull(a: Box, b: Box) -> Box:
+    """Return the smallest box around two that are not reversed."""
+    return (min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3]))
+
+
 def area(box: Box) -> float:
     """Return the area; a reversed box has none."""
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])

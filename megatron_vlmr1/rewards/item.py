@@ -23,8 +23,8 @@ class RewardFailure(Exception):
 class RewardItem:
     """One completion and what it is judged against. Only text and small integers: it goes over a socket as it is.
 
-    `family` matters in the published rewards only, which differ between models: coordinates of Qwen2.5-VL are pixels of
-    the resized image, those of the others pixels of the original.
+    `family` says what the coordinates are: those of Qwen2.5-VL are pixels of the resized image, those of the others
+    pixels of the original. The published rewards differ between models in more than that.
     """
 
     completion: str
@@ -32,7 +32,7 @@ class RewardItem:
     image_size: tuple[int, int] | None = None  # (width, height) of the original image, pixels
     grid_thw: tuple[int, int, int] | None = None  # patches the vision tower saw; None: coordinates are original pixels
     compat: Compat = "none"  # vlm-r1: the published value, quirks included
-    family: Family = "qwen2_5_vl"  # whose published rules are followed
+    family: Family = "qwen2_5_vl"  # whose coordinates and published rules are followed
     num_tokens: int | None = None  # length of the completion; the length reward needs it
 
     @classmethod

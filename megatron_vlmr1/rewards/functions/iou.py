@@ -8,6 +8,9 @@ Mended in the default mode:
 - coordinates may be decimal, negative, or stand behind a space;
 - boxes without area, or reversed, overlap with nothing instead of dividing by zero;
 - the truth may be bare, tagged, or json around its box.
+
+Families other than Qwen2.5-VL answer in pixels of the original, so nothing is scaled back; GLM's published overlap has
+no quirk of one pixel.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ from typing import Any
 
 import re2
 
-from megatron_vlmr1.rewards import answers, boxes
+from megatron_vlmr1.rewards import answers, boxes, referring
 from megatron_vlmr1.rewards.answers import DIGIT, SPACE
-from megatron_vlmr1.rewards.item import RewardFailure, RewardItem, check_length
+from megatron_vlmr1.rewards.item import RewardFailure, RewardItem
 
 _PUBLISHED_BOX = re2.compile(rf"\[({DIGIT}+),{SPACE}*({DIGIT}+),{SPACE}*({DIGIT}+),{SPACE}*({DIGIT}+)\]")
 
@@ -34,57 +37,49 @@ def score(item: RewardItem) -> float:
     """
     if item.compat == "vlm-r1":
         return _published(item)
-    check_length(item.completion)
-    check_length(item.solution)
-    truth = answers.box(item.solution)
-    if truth is None or not 0 < boxes.area(truth) < math.inf:
-        raise RewardFailure("the solution holds no box [x1, y1, x2, y2] with an area")
-    answer = answers.answer(item.completion)
-    predicted = answers.box(answer) if answer is not None else None
-    if item.grid_thw is not None and (item.image_size is None or 0 in item.grid_thw or 0 in item.image_size):
-        raise RewardFailure("grid_thw needs image_size beside it, and no zero in either")
-    if predicted is None:
-        return 0.0
-    if item.grid_thw is not None and item.image_size is not None:
-        predicted = boxes.to_original(predicted, item.grid_thw, item.image_size)
-    return boxes.iou(predicted, truth)
+    return referring.judge(item, boxes.iou)
 
 
-def published_iou(box1: Sequence[float], box2: Sequence[float]) -> float:
-    """Return the published overlap: 0 where the shared width or height is at most 1.
+def published_iou(box1: Sequence[float], box2: Sequence[float], pixel: int = 1) -> float:
+    """Return the published overlap: 0 where the shared width or height is at most `pixel`, which is 0 for GLM.
 
     Raises:
         ZeroDivisionError: the union is 0.
     """
     left, top = max(box1[0], box2[0]), max(box1[1], box2[1])
-    right, bottom = min(box1[2] - 1, box2[2] - 1), min(box1[3] - 1, box2[3] - 1)
-    shared = (right - left + 1) * (bottom - top + 1) if left < right and top < bottom else 0
+    right, bottom = min(box1[2] - pixel, box2[2] - pixel), min(box1[3] - pixel, box2[3] - pixel)
+    shared = (right - left + pixel) * (bottom - top + pixel) if left < right and top < bottom else 0
     union = (box1[2] - box1[0]) * (box1[3] - box1[1]) + (box2[2] - box2[0]) * (box2[3] - box2[1]) - shared
     return float(shared) / union
 
 
 def _published(item: RewardItem) -> float:
     """The published reward: errors of the truth are raised, errors of the answer are a silent 0."""
-    if item.image_size is None or item.grid_thw is None:
+    if item.family == "qwen2_5_vl" and (item.image_size is None or item.grid_thw is None):
         raise RewardFailure("the published reward raises without image_size and grid_thw")
     truth = _published_truth(item.solution)
     answer = answers.answer(item.completion)
     match = _PUBLISHED_BOX.search(answers.encodable(answer)) if answer is not None else None
     if match is None:
         return 0.0
-    scale = [
-        (item.grid_thw[2] * boxes.PATCH_PIXELS, item.image_size[0]),
-        (item.grid_thw[1] * boxes.PATCH_PIXELS, item.image_size[1]),
-    ]
     try:
-        # In the published order of operations, so that rounding is the published one.
-        predicted = [int(digits) / scale[i % 2][0] * scale[i % 2][1] for i, digits in enumerate(match.groups())]
-        value = published_iou(predicted, truth)
+        value = published_iou(_published_box(match.groups(), item), truth, pixel=0 if item.family == "glm" else 1)
     except (ZeroDivisionError, OverflowError, ValueError, TypeError, LookupError):
         return 0.0
     if not math.isfinite(value):
         raise RewardFailure("the published reward is not a finite number here")
     return value
+
+
+def _published_box(digits: Sequence[str], item: RewardItem) -> list[float]:
+    numbers: list[float] = [int(number) for number in digits]
+    if item.family != "qwen2_5_vl":
+        return numbers
+    assert item.grid_thw is not None
+    assert item.image_size is not None
+    resized = (item.grid_thw[2] * boxes.PATCH_PIXELS, item.grid_thw[1] * boxes.PATCH_PIXELS)
+    # In the published order of operations, so that rounding is the published one.
+    return [number / resized[i % 2] * item.image_size[i % 2] for i, number in enumerate(numbers)]
 
 
 def _published_truth(solution: str) -> Any:
