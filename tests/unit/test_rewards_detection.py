@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from megatron_vlmr1.rewards import detections, functions
 from megatron_vlmr1.rewards.average_precision import THRESHOLDS
+from megatron_vlmr1.rewards.functions.iou import published_iou
 from megatron_vlmr1.rewards.functions.weighted_sum import published_detection_score
 from megatron_vlmr1.rewards.item import RewardFailure, RewardItem
 from megatron_vlmr1.rewards.mean_precision import AP50
@@ -160,6 +162,57 @@ def test_weighted_sum_matches_the_largest_overlap_first() -> None:
     for boxes in (answer, answer[::-1]):
         assert reward("weighted_sum", fenced(boxes), fenced(truth)) == pytest.approx(expected, abs=1e-9)
         assert published("weighted_sum", fenced(boxes), fenced(truth)) == pytest.approx(expected, abs=1e-9)
+
+
+def naive_weighted_sum(predicted: list[Any], truth: list[Any]) -> float:
+    """As described: again and again the first largest overlap of what is left. Raises where a match has no label."""
+
+    def overlap(a: Any, b: Any) -> float:
+        try:
+            return published_iou(a["bbox_2d"], b["bbox_2d"])
+        except Exception:
+            return 0.0
+
+    left = {(i, j): overlap(a, b) for i, a in enumerate(predicted) for j, b in enumerate(truth)}
+    matches, position = 0, 0.0
+    while left:
+        best = max(left, key=lambda pair: (left[pair], -pair[0], -pair[1]))
+        if left[best] < 0.5:
+            break
+        position += left[best] * (predicted[best[0]]["label"].lower() == truth[best[1]]["label"].lower())
+        matches += 1
+        left = {pair: value for pair, value in left.items() if pair[0] != best[0] and pair[1] != best[1]}
+    missed, false = len(truth) - matches, len(predicted) - matches
+    return 0.7 * position / len(truth) + 0.3 * (1 - (missed / len(truth) + false / len(predicted)) / 2)
+
+
+def test_published_weighted_sum_on_random_scenes() -> None:
+    rng = random.Random(2)
+    counts = {"raises": 0, "value": 0}
+    odd = [{"label": "a"}, {"bbox_2d": [0, 0, 9], "label": "a"}, "text", 3, [1], {"bbox_2d": ["0", 0, 9, 9]}]
+
+    def item() -> Any:
+        x, y = rng.randrange(3), rng.choice([0, 1, rng.uniform(0, 8)])
+        corners = [x, y, x + rng.choice([-5, 1, 9, 9, 12]), y + rng.choice([1.5, 9, 9, 12])]
+        if rng.random() < 0.03:
+            corners[rng.randrange(4)] = rng.choice([10**400, 1e200, True, 2**60, None])
+        return rng.choice(odd) if rng.random() < 0.1 else {"bbox_2d": corners, "label": rng.choice("abA")}
+
+    for _ in range(2000):
+        predicted, truth = ([item() for _ in range(rng.randrange(1, 8))] for _ in range(2))
+        if rng.random() < 0.1:
+            predicted[0] = {"bbox_2d": [0, 0, 12, 12]}
+        texts = [f"```json{json.dumps(items)}```" for items in (predicted, truth)]
+        try:
+            expected = naive_weighted_sum(predicted, truth)
+        except (KeyError, AttributeError):
+            counts["raises"] += 1
+            with pytest.raises(RewardFailure, match="published reward raises"):
+                published_detection_score(*texts)
+        else:
+            assert published_detection_score(*texts) == pytest.approx(expected, abs=1e-9)
+            counts["value"] += expected > 0.3
+    assert min(counts.values()) > 50, counts
 
 
 @pytest.mark.parametrize("name", DETECTION)
