@@ -129,7 +129,7 @@ class Quickstart:
         """Print the result."""
         summary = self._read("summary.json", {})
         for split, before, after in (("held-out", "before", "after"), ("out of domain", "ood_before", "ood_after")):
-            parts = [f"{name} {summary[before][name]:.3f} -> {summary[after][name]:.3f}" for name in FIGURES]
+            parts = [f"{name} {told(summary[before][name])} -> {told(summary[after][name])}" for name in FIGURES]
             say(f"{split}: " + "  ".join(parts))
         say(f"report: {self.run / 'report.html'}   model: {self.run / 'export'}")
 
@@ -156,6 +156,11 @@ def write(path: Path, value: object) -> None:
     fresh = path.with_name(f".{path.name}.new")
     fresh.write_text(json.dumps(value, indent=1) + "\n")
     fresh.replace(path)
+
+
+def told(value: float | None) -> str:
+    """Return a figure, which is null where no answer has it, in words."""
+    return "-" if value is None else f"{value:.3f}"
 
 
 def say(text: str) -> None:

@@ -75,6 +75,9 @@ def add_parser(subparsers: Any) -> None:
     )
     keys.add_argument("folder", type=Path, help="new folder")
     keys.set_defaults(run=run_keys)
+    listed = commands.add_parser("list", help="what rewards there are", epilog="example: vlmr1 rewards list")
+    listed.add_argument("--json", action="store_true", help="one JSON object: what each reward says of itself")
+    listed.set_defaults(run=run_list)
     for command in (score, serve):
         command.add_argument("--workers", type=int, help="reward processes")
         command.add_argument("--deadline-s", type=float, metavar="S", help="seconds an item may take")
@@ -138,6 +141,25 @@ def run_keys(args: argparse.Namespace) -> int:
 
     keys.create(args.folder)
     print(args.folder)
+    return errors.DONE
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """Print every reward."""
+    from megatron_vlmr1.rewards import functions
+
+    said = {name: functions.about(name) for name in functions.names()}
+    if args.json:
+        print_json(said)
+        return errors.DONE
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("reward", "what it says")
+    for name, words in said.items():
+        table.add_row(name, escape(words))
+    Console().print(table)
     return errors.DONE
 
 

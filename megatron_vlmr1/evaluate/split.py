@@ -18,7 +18,7 @@ from megatron_vlmr1.parallel import reduce
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.rewards.item import RewardFailure
 from megatron_vlmr1.rewards.judges import Judges
-from megatron_vlmr1.rewards.task import Objects
+from megatron_vlmr1.rewards.task import Objects, Task
 from megatron_vlmr1.rollout.actor import Actor
 from megatron_vlmr1.telemetry.files import json_line, write_atomic
 from megatron_vlmr1.types import Damage, Group, Prompt, Sample
@@ -60,9 +60,11 @@ def evaluate(actor: Actor, judges: Judges, shards: ShardSet, cfg: Config, mesh: 
     for batch, damaged in _batches(shards, builder, total, cfg.evaluate.batch_prompts, mesh):
         sums["damaged"] += damaged
         prompts = [prompt for prompt, _ in batch]
-        for (prompt, sample), (answer,) in zip(batch, actor.engine.generate(prompts, 1, actor.greedy()), strict=True):
+        answered = actor.engine.generate(prompts, 1, actor.greedy())
+        groups = judges.measure([Group(prompt, found) for prompt, found in zip(prompts, answered, strict=True)])
+        for group, (_, sample) in zip(groups, batch, strict=True):
             sums["samples"] += 1
-            row = _row(prompt, sample, answer.text, judges, pictures)
+            row = _row(group, sample, task, pictures)
             if row is None:
                 sums["failed"] += 1
                 continue
@@ -76,8 +78,7 @@ def evaluate(actor: Actor, judges: Judges, shards: ShardSet, cfg: Config, mesh: 
             _score_sampled(actor, judges, prompts, cfg, sums, rows)
         actor.engine.policy.forget_features()  # or a whole split's embeddings would stay
     sums = reduce.sums(sums, mesh.is_model_leader)
-    answered = sums["samples"] - sums["failed"]
-    if not answered:
+    if sums["samples"] == sums["failed"]:
         raise ValueError(f"{shards.directory}: no sample could be answered: {sums['damaged']:.0f} are damaged")
     figures = {name: _mean(sums[name], sums[_count_of(name)]) for name in task.aggregates}
     if cfg.evaluate.sampled:
@@ -103,11 +104,11 @@ def _batches(
         yield [(p, item) for p, item in kept if isinstance(p, Prompt) and isinstance(item, Sample)], sum(lost)
 
 
-def _row(
-    prompt: Prompt, sample: Sample, text: str, judges: Judges, pictures: dict[str, bytes]
-) -> dict[str, Any] | None:
-    task = judges.task
+def _row(group: Group, sample: Sample, task: Task, pictures: dict[str, bytes]) -> dict[str, Any] | None:
+    prompt, text, score = group.prompt, group.completions[0].text, group.scores[0]
     try:
+        if score.failure is not None:
+            raise RewardFailure(score.failure)
         row: dict[str, Any] = {
             "index": prompt.position,
             "key": prompt.key,
@@ -117,7 +118,7 @@ def _row(
             "text": text,
             "answer": task.parse(text, prompt),
             **_boxes(task.objects(text, prompt) if task.objects is not None else None),
-            **task.metrics(text, prompt),
+            **task.metrics(text, prompt, score.parts),
             "reward": None,
             "image": None,
             "image_size": prompt.images[0].size if prompt.images else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -65,15 +65,38 @@ class Judges:
 
     def submit(self, index: int, number: int, prompt: Prompt, completion: Completion) -> None:
         """Ask for the score of completion `number` of group `index`; returns at once, on all ranks."""
-        if self._client is not None:
-            length = len(completion.token_ids)
-            item = self.task.item(completion.text, prompt, self.compat, length, self.family)
-            self._asked[index, number] = prompt
-            self._client.submit(f"{index}/{number}", item, self.task.weights(self.weights, prompt))
-            self._client.poll()
+        self._ask((index, number), prompt, completion, self.weights, self.compat)
 
     def collect(self, groups: Sequence[Group]) -> list[Group]:
         """Wait for all scores; every rank of the model group returns the same scored groups."""
+        return self._gather(groups, self.weights)
+
+    def measure(self, groups: Sequence[Group]) -> list[Group]:
+        """Score with the rewards that the task's metrics are made of, in the default mode; as `collect`."""
+        recipe = dict.fromkeys(self.task.measured_by, 1.0)
+        if not recipe:
+            return [replace(group, scores=(Score(0.0),) * len(group.completions)) for group in groups]
+        for i, group in enumerate(groups):
+            for j, completion in enumerate(group.completions):
+                self._ask((i, j), group.prompt, completion, recipe, "none")
+        return self._gather(groups, recipe)
+
+    def _ask(
+        self,
+        place: tuple[int, int],
+        prompt: Prompt,
+        completion: Completion,
+        recipe: Mapping[str, float],
+        compat: Compat,
+    ) -> None:
+        if self._client is not None:
+            length = len(completion.token_ids)
+            item = self.task.item(completion.text, prompt, compat, length, self.family)
+            self._asked[place] = prompt
+            self._client.submit("{}/{}".format(*place), item, self.task.weights(recipe, prompt))
+            self._client.poll()
+
+    def _gather(self, groups: Sequence[Group], recipe: Mapping[str, float]) -> list[Group]:
         scores: dict[tuple[int, int], Score] = {}
         if self._client is not None:
             # Every item may run into its deadline twice, as many at a time as there are workers.
@@ -81,12 +104,12 @@ class Judges:
             ids = [f"{i}/{j}" for i, j in self._asked]
             found = self._client.collect(ids, min(worst_s, self._longest_s))
             scores = {
-                place: self._named(found[name], prompt)
+                place: self._named(found[name], prompt, recipe)
                 for name, (place, prompt) in zip(ids, self._asked.items(), strict=True)
             }
             self._asked = {}
             self._log_failures(list(scores.values()))
-        return self._shared(groups, scores)
+        return self._shared(groups, scores, sorted(recipe))
 
     def first_failure(self, groups: Sequence[Group]) -> str:
         """Return the reason, the prompt and the text of the first failure that this rank knows of, or nothing."""
@@ -122,11 +145,11 @@ class Judges:
         if self._client is not None:
             self._client.close()
 
-    def _named(self, score: Score, prompt: Prompt) -> Score:
+    def _named(self, score: Score, prompt: Prompt, recipe: Mapping[str, float]) -> Score:
         """Give the parts the recipe's names instead of the functions'."""
         if score.value is None:
             return score
-        return replace(score, parts={name: score.parts[self.task.reward(name, prompt)] for name in self.weights})
+        return replace(score, parts={name: score.parts[self.task.reward(name, prompt)] for name in recipe})
 
     def _log_failures(self, scores: list[Score]) -> None:
         reasons = Counter(s.failure for s in scores if s.failure is not None)
@@ -134,9 +157,10 @@ class Judges:
         for reason, count in reasons.most_common(3):
             logger.warning("reward failed for %d of %d completions: %s", count, len(scores), reason)
 
-    def _shared(self, groups: Sequence[Group], scores: dict[tuple[int, int], Score]) -> list[Group]:
+    def _shared(
+        self, groups: Sequence[Group], scores: dict[tuple[int, int], Score], names: Sequence[str]
+    ) -> list[Group]:
         """Give everyone's scores to the whole model group, as numbers: NaN is a failure."""
-        names = sorted(self.weights)
         places = [(i, j) for i, group in enumerate(groups) for j in range(len(group.completions))]
         # Exactly one rank asked for each completion: the others add zeros.
         table = torch.zeros(len(places), 1 + len(names), dtype=torch.float64)
@@ -159,7 +183,7 @@ class Judges:
         ]
 
 
-def _score(row: list[float], names: list[str], own: Score | None) -> Score:
+def _score(row: list[float], names: Sequence[str], own: Score | None) -> Score:
     value, *parts = row
     if value == value:
         return Score(value, dict(zip(names, parts, strict=True)))

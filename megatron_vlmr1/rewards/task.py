@@ -40,9 +40,11 @@ class Task:
         template: what is asked; `{question}` is where the question goes.
         recipe: weight of each reward by name.
         parse: text of a completion -> what it answers, as it is written to the evaluation's rows; None: nothing.
-        metrics: text of a completion -> value of each metric, None where it has none. Raises `RewardFailure` where the
-            row cannot be judged.
         aggregates: name of a figure over a split -> the metric whose mean it is.
+        measured_by: rewards of which the metrics are made; the reward processes compute them, in the default mode.
+        metrics: text of a completion and values of `measured_by` -> value of each metric, None where it has none; these
+            values themselves when empty. It runs in the rank, so that it must be quick on any text. Raises
+            `RewardFailure` where the row cannot be judged.
         accuracy: the reward that `accuracy` in a recipe means where the row names none.
         worst_by: metric whose smallest values are the worst answers; the first aggregate's when empty.
         objects: text of a completion -> boxes in pixels of the original image, predicted and true. As `metrics` raises.
@@ -53,8 +55,11 @@ class Task:
     template: str
     recipe: Mapping[str, float]
     parse: Callable[[str, Prompt], Any]
-    metrics: Callable[[str, Prompt], Mapping[str, float | None]]
     aggregates: Mapping[str, str]
+    measured_by: tuple[str, ...] = ()
+    metrics: Callable[[str, Prompt, Mapping[str, float]], Mapping[str, float | None]] = lambda text, prompt, measured: (
+        measured
+    )
     accuracy: str = "default"
     worst_by: str = ""
     objects: Callable[[str, Prompt], Objects] | None = None

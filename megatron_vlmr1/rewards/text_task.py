@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from megatron_vlmr1.rewards import answers, functions
-from megatron_vlmr1.rewards.item import RewardFailure
+from megatron_vlmr1.rewards import answers
 from megatron_vlmr1.rewards.task import ACCURACY, INSTRUCTION, Task
 
 if TYPE_CHECKING:
@@ -23,29 +22,21 @@ def text_task(name: str, accuracy: str, by_row: bool = False) -> Task:
         accuracy: the reward's name.
         by_row: whether a row may name another one.
     """
+    reward = ACCURACY if by_row else accuracy
 
-    def metrics(text: str, prompt: Prompt) -> Mapping[str, float | None]:
-        """Return the reward, whether it is 1, and whether the text is well formed.
+    def metrics(text: str, prompt: Prompt, measured: Mapping[str, float]) -> Mapping[str, float | None]:
+        """Return the reward, whether it is 1, and whether the text is well formed."""
+        score = measured[reward]
+        return {"accuracy": float(score >= _RIGHT), "score": score, "format": measured["format"]}
 
-        Raises:
-            RewardFailure: as the reward, or there is none of the name that the row gives.
-        """
-        item = task.item(text, prompt)
-        try:
-            judge = functions.get(task.reward(ACCURACY, prompt) if by_row else accuracy)
-        except ValueError as error:
-            raise RewardFailure(str(error)) from error
-        score = judge(item)
-        return {"accuracy": float(score >= _RIGHT), "score": score, "format": functions.get("format")(item)}
-
-    task = Task(
+    return Task(
         name=name,
         template="{question} " + INSTRUCTION,
-        recipe={ACCURACY if by_row else accuracy: 1.0, "format": 1.0},
+        recipe={reward: 1.0, "format": 1.0},
         parse=lambda text, prompt: answers.answer(text),
         metrics=metrics,
+        measured_by=(reward, "format"),
         aggregates={"accuracy": "accuracy", "score_mean": "score", "format_rate": "format"},
         accuracy=accuracy,
         worst_by="score",
     )
-    return task

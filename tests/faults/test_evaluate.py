@@ -23,8 +23,8 @@ def tagged(item):
     return float(answers.answer(item.completion) is not None)
 
 
-def metrics(text, prompt):
-    return {"tagged": tagged(TASK.item(text, prompt)), "never": None}
+def metrics(text, prompt, measured):
+    return {"tagged": measured["tagged"], "never": None}
 
 
 TASK = Task(
@@ -33,6 +33,7 @@ TASK = Task(
     recipe={"tagged": 1.0, "format": 1.0},
     parse=lambda text, prompt: answers.answer(text),
     metrics=metrics,
+    measured_by=("tagged",),
     aggregates={"tagged_rate": "tagged", "never_mean": "never"},
     accuracy="tagged",
 )

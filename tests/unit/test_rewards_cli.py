@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_vlmr1.cli.main import main
+from megatron_vlmr1.rewards import functions
 from megatron_vlmr1.rewards.client import RewardClient
 from megatron_vlmr1.rewards.item import RewardItem
 
@@ -98,6 +99,15 @@ def test_score_with_a_function_of_the_users_own(tmp_path: Path) -> None:
     out = score(lines(row, row | {"reward": "missing"}), "--functions", str(own))
     assert out[0] == {"value": 0.25, "parts": {"brevity": 0.25}, "failure": None}
     assert out[1]["failure"].startswith("missing: ValueError: no reward named missing and none in ")
+
+
+def test_list(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["rewards", "list", "--json"]) == 0
+    said = json.loads(capfd.readouterr().out)
+    assert [*said] == functions.names() and all("1 or 0" in words or "Range [" in words for words in said.values())
+    assert main(["rewards", "list"]) == 0
+    table = capfd.readouterr().out
+    assert all(f" {name} " in table for name in said)
 
 
 def test_nothing_in_nothing_out() -> None:

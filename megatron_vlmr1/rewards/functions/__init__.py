@@ -25,6 +25,13 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
+def about(name: str) -> str:
+    """Return what a reward of the package says of itself in one line, its range included."""
+    words = importlib.import_module(f"{__name__}.{name}").__doc__
+    assert words is not None
+    return words.partition("\n")[0]
+
+
 @functools.cache
 def get(name: str, files: tuple[str, ...] = ()) -> RewardFunction:
     """Return a reward function by name: the package's own, else a function of that name in one of `files`.

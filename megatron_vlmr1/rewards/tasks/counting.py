@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_vlmr1.rewards import answers, functions
+from collections.abc import Mapping
+
+from megatron_vlmr1.rewards import answers
 from megatron_vlmr1.rewards.functions import counting
 from megatron_vlmr1.rewards.item import RewardFailure, check_length
 from megatron_vlmr1.rewards.task import INSTRUCTION, Task
@@ -20,13 +22,12 @@ def parse(text: str, prompt: Prompt) -> float | None:
     return None if answer is None else counting.number(answer)
 
 
-def metrics(text: str, prompt: Prompt) -> dict[str, float | None]:
+def metrics(text: str, prompt: Prompt, measured: Mapping[str, float]) -> dict[str, float | None]:
     """Return whether the number is right, how far it is off where there is one, the reward, and the format.
 
     Raises:
-        RewardFailure: the truth holds no number, or the text is too long.
+        RewardFailure: the truth holds no one number, or the text is too long.
     """
-    item = TASK.item(text, prompt)
     tagged = answers.answer(prompt.truth)
     truth, said = counting.number(prompt.truth if tagged is None else tagged), parse(text, prompt)
     if truth is None:
@@ -35,8 +36,8 @@ def metrics(text: str, prompt: Prompt) -> dict[str, float | None]:
     return {
         "accuracy": float(error == 0),
         "abs_error": error,
-        "score": counting.score(item),
-        "format": functions.get("format")(item),
+        "score": measured["counting"],
+        "format": measured["format"],
     }
 
 
@@ -47,6 +48,7 @@ TASK = Task(
     parse=parse,
     metrics=metrics,
     aggregates={"accuracy": "accuracy", "mae": "abs_error", "score_mean": "score", "format_rate": "format"},
+    measured_by=("counting", "format"),
     accuracy="counting",
     worst_by="score",
 )

@@ -5,7 +5,9 @@ The recipe takes what VLM-R1 learned: plain AP is hacked with surplus boxes; in 
 
 from __future__ import annotations
 
-from megatron_vlmr1.rewards import boxes, detections, functions
+from collections.abc import Mapping
+
+from megatron_vlmr1.rewards import boxes, detections
 from megatron_vlmr1.rewards.boxes import Box
 from megatron_vlmr1.rewards.detections import Detection
 from megatron_vlmr1.rewards.item import check_length
@@ -38,7 +40,7 @@ def objects(text: str, prompt: Prompt) -> Objects:
     return Objects(tuple(parse(text, prompt) or ()), tuple(detections.truths(TASK.item(text, prompt))))
 
 
-def metrics(text: str, prompt: Prompt) -> dict[str, float | None]:
+def metrics(text: str, prompt: Prompt, measured: Mapping[str, float]) -> dict[str, float | None]:
     """Return how well boxes and classes agree (F1 at an overlap of one half), whether it is a list, and the format.
 
     Raises:
@@ -49,7 +51,7 @@ def metrics(text: str, prompt: Prompt) -> dict[str, float | None]:
     return {
         "f1": 2 * _hits(found) / total if total else parsed,
         "parsed": parsed,
-        "format": functions.get("format")(TASK.item(text, prompt)),
+        "format": measured["format"],
     }
 
 
@@ -77,6 +79,7 @@ TASK = Task(
     parse=parse,
     metrics=metrics,
     aggregates={"f1_mean": "f1", "parsed_rate": "parsed", "format_rate": "format"},
+    measured_by=("format",),
     accuracy="odLength",
     objects=objects,
     split_metrics=("detection",),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megatron_vlmr1.rewards import answers, boxes
 from megatron_vlmr1.rewards.boxes import Box
 from megatron_vlmr1.rewards.detections import Detection
-from megatron_vlmr1.rewards.functions import format as format_reward
-from megatron_vlmr1.rewards.functions import iou as iou_reward
 from megatron_vlmr1.rewards.item import RewardFailure
 from megatron_vlmr1.rewards.task import INSTRUCTION, Objects, Task
 from megatron_vlmr1.types import Prompt
@@ -33,20 +33,15 @@ def objects(text: str, prompt: Prompt) -> Objects:
     return Objects((Detection("", predicted),) if predicted is not None else (), (Detection("", true),))
 
 
-def metrics(text: str, prompt: Prompt) -> dict[str, float | None]:
-    """Return the overlap, whether it exceeds .5 and .75, its value where there is a box, and the format.
-
-    Raises:
-        RewardFailure: the truth holds no box, or the text is too long.
-    """
-    item = TASK.item(text, prompt)
-    overlap = iou_reward.score(item)
+def metrics(text: str, prompt: Prompt, measured: Mapping[str, float]) -> dict[str, float | None]:
+    """Return the overlap, whether it exceeds .5 and .75, its value where there is a box, and the format."""
+    overlap = measured["iou"]
     return {
         "iou": overlap,
         "acc50": float(overlap > 0.5),
         "acc75": float(overlap > 0.75),
         "iou_parsed": None if parse(text, prompt) is None else overlap,
-        "format": format_reward.score(item),
+        "format": measured["format"],
     }
 
 
@@ -63,6 +58,7 @@ TASK = Task(
         "iou_parsed": "iou_parsed",
         "format_rate": "format",
     },
+    measured_by=("iou", "format"),
     accuracy="iou",
     worst_by="iou",
     objects=objects,
