@@ -75,15 +75,15 @@ PLACES = ("%s", "<think>t</think><answer>%s</answer>", "<think>t</think><answer>
 
 
 def seconds(name: str, text: str, compat: Any) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     judged(name, text, compat)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_text_is_fast(kind: str) -> None:
-    """The limits leave room for a slow machine: 50 ms and 500 ms are met on an idle core."""
-    for compat, size, limit_s in (("none", MAX_TEXT_BYTES - 200, 0.25), ("vlm-r1", 1_000_000, 1.0)):
+    """In time of the processor: 50 ms (100 here, as others use it too), 500 ms for a megabyte."""
+    for compat, size, limit_s in (("none", MAX_TEXT_BYTES - 200, 0.1), ("vlm-r1", 1_000_000, 0.5)):
         hostile = HOSTILE[kind](size)
         for place in PLACES:
             text = place.replace("%s", hostile)
@@ -118,9 +118,9 @@ def test_beyond_the_limit_the_default_fails(name: str) -> None:
 def test_a_huge_truth_is_fast_too(name: str) -> None:
     for compat, size in (("none", MAX_TEXT_BYTES - 200), ("vlm-r1", 1_000_000)):
         text = PLACES[2].replace("%s", distinct_boxes(size))
-        start = time.perf_counter()
+        start = time.process_time()
         assert str(judged(name, text, compat, text)).startswith("too_many")
-        assert time.perf_counter() - start < 1.0
+        assert time.process_time() - start < 1.0
 
 
 NUMBERS = st.one_of(
@@ -165,7 +165,7 @@ SOLUTIONS = [
 ]
 
 
-@settings(max_examples=10_000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2_000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     text=TEXTS,
     solution=st.sampled_from([*SOLUTIONS, "usual", "same"]),

@@ -271,7 +271,7 @@ def test_hostile_text(name: str, kind: str, compat: Any) -> None:
     for size, limit_s in ((MAX_TEXT_BYTES // 4, 0.25), (1_000_000, 0.5)):
         repeated = (HOSTILE[kind] * size)[:size]
         for text in (repeated, said(repeated), "<think></think><answer>" + repeated):
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 value = functions.get(name)(
                     RewardItem(text, "<answer>[1, 1, 9, 9]</answer>", (56, 56), (1, 4, 4), compat)
@@ -281,7 +281,7 @@ def test_hostile_text(name: str, kind: str, compat: Any) -> None:
                 assert str(failure).startswith("too_long")
                 assert compat == "none"
                 assert len(text.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES
-            assert time.perf_counter() - start < limit_s
+            assert time.process_time() - start < limit_s
 
 
 @pytest.mark.parametrize(

@@ -174,4 +174,4 @@ def test_a_slow_service_is_left(service: Service, monkeypatch: pytest.MonkeyPatc
                 reward("feline")
         else:
             assert reward("feline", compat=compat) == value
-        assert time.monotonic() - start < 0.6
+        assert time.monotonic() - start < 2
