@@ -13,4 +13,4 @@ for directory in unit distributed faults slurm gpu; do  # quick ones first
     fi
 done
 echo "[tests] ${directories[*]}" >&2
-exec python -m pytest -n 2 --dist loadgroup "${directories[@]}" "$@"
+exec python -m pytest -n 2 "${directories[@]}" "$@"
