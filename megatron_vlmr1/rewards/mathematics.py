@@ -73,13 +73,33 @@ def equal(answer: str, truth: str, seconds: float) -> bool:
         raise RewardFailure(f"too_hard: {type(error).__name__} in math_verify") from error
 
 
+def equal_bare(answer: str, truth: str, seconds: float) -> bool:
+    """Return `equal` of two formulas whose LaTeX may lack its dollar signs.
+
+    Raises:
+        RewardFailure: as `equal`.
+    """
+    marked = _in_dollars(answer), _in_dollars(truth)
+    if "\\" in answer + truth:
+        return equal(*marked, seconds)  # as they are, only numbers would be found: 3 for 3\pi
+    if equal(answer, truth, seconds / 2):
+        return True
+    return marked != (answer, truth) and equal(*marked, seconds / 2)
+
+
+def _in_dollars(text: str) -> str:
+    delimited = any(sign in text for sign in ("$", "\\(", "\\["))
+    return f"${text}$" if not delimited and ("\\" in text or "^" in text) else text
+
+
 @functools.cache
 def _library() -> tuple[Callable[..., Any], Callable[..., Any]]:
     from math_verify import parse, verify
 
     # Its own limits are switched off for ours, about which it would warn.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    parse("$1$", parsing_timeout=None)  # compiles its patterns, which is not the first item's fault
+    # Compiles its patterns and imports most of sympy, which is not the first item's fault.
+    verify(*(parse(f"${text}$", parsing_timeout=None) for text in ("(x+1)^2", "x^2+2x+1")), timeout_seconds=None)
     return parse, verify
 
 

@@ -210,6 +210,15 @@ def test_repetition_on_random_text() -> None:
         ("default", said("41"), "42", 0.0, 0.0),
         ("default", said("forty-two"), "42", 0.0, 0.0),
         ("default", said("\\frac{1}{2}"), "0.5", 1.0, 1.0),
+        ("default", said("1e3"), "1000", 1.0, 1.0),
+        ("default", said("1 000"), "1000", 1.0, 1.0),
+        # Several numbers are a text.
+        ("default", said("4-3"), "3-2", 1.0, 0.0),
+        ("default", said("3 - 2"), "3-2", 1.0, 1.0),
+        ("default", said("192.168.0.2"), "192.168.0.1", 1.0, 0.0),
+        ("default", said("1, 2, 3"), "3", 1.0, 0.0),
+        ("default", said("9 2 3"), "1 2 3", 1.0, 0.0),
+        ("default", said("(4, 5)"), "(4,5)", 10 / 11, 1.0),
         # Letters.
         ("default", said("(A)"), "A", 0.0, 1.0),
         ("default", said("b"), "A", 0.0, 0.0),
@@ -235,6 +244,11 @@ def test_repetition_on_random_text() -> None:
         ("math", said("\\fbox{x+1}"), "x+1", 0.0, 1.0),
         ("math", said("\\boxed{\\frac12}"), "\\frac{1}{2}", 1.0, 1.0),
         ("math", said("7"), "8", 0.0, 0.0),
+        ("math", said("3"), "3\\pi", 1.0, 0.0),
+        ("math", said("\\[3\\]"), "3\\text{cm}", 1.0, 1.0),
+        ("math", said("6 \\text{ or } 7"), "6", 1.0, 0.0),
+        ("math", said("\\text{ red}"), "\\text{ blue}", 1.0, 0.0),
+        ("math", said("5\\text{ cm}"), "5", 1.0, 1.0),
     ],
 )  # fmt: skip
 def test_quirks_and_mends(name: str, completion: str, truth: str, quirk: float, mended: float) -> None:
@@ -245,6 +259,8 @@ def test_quirks_and_mends(name: str, completion: str, truth: str, quirk: float, 
 @pytest.mark.parametrize(
     ("name", "truth", "reason"),
     [(name, " <answer> </answer> ", "solution is empty") for name in ("default", "all_match", "math", "mcq", "yes_no")]
+    + [(name, " . ", "solution is empty") for name in ("default", "all_match", "math")]
+    + [("math", "\\boxed{}", "solution is empty")]
     + [("mcq", "dog", "no single option"), ("mcq", "A, B", "no single option"), ("yes_no", "know", "neither yes nor")],
 )
 def test_useless_truths_fail(name: str, truth: str, reason: str) -> None:
@@ -265,6 +281,9 @@ def test_mcq_reads_every_usual_form(letter: str) -> None:
         "**{}**",
         "Answer: {}",
         "option {}, I think",
+        "\\boxed{{{}}}",
+        "（{}）",
+        "答案：{}。",
     ):
         assert reward("mcq", said(form.format(letter)), letter) == 1.0, form
         assert reward("mcq", said(form.format("Z")), letter) == 0.0, form
@@ -313,6 +332,12 @@ def test_length_asks_the_detection_reward_about_boxes(monkeypatch: pytest.Monkey
     for value, expected in ((0.7, 1.0), (0.69, -0.5)):
         monkeypatch.setattr(functions, "get", lambda name, value=value: lambda item: value * (name == "weighted_sum"))
         assert reward_of_length(boxes) == expected
+
+
+@pytest.mark.parametrize("truth", ["[10, 10, 50, 50]", '{"bbox_2d": [10, 10, 50, 50]}'])
+def test_length_asks_the_overlap_about_one_box(truth: str) -> None:
+    assert reward("length", said('{"bbox_2d": [10, 10, 50, 49], "label": "a"}'), truth, num_tokens=0) == 1.0
+    assert reward("length", said('{"bbox_2d": [60, 10, 90, 50], "label": "a"}'), truth, num_tokens=0) == -0.5
 
 
 def reward_of_length(truth: str) -> float:

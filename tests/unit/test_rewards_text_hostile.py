@@ -157,6 +157,19 @@ def test_sensible_formulas_are_not_refused(formula: str) -> None:
     assert mathematics.equal(f"${formula}$", f"${formula}$", 5.0)
 
 
+def test_the_first_formula_of_a_process_is_no_slower() -> None:
+    script = """
+import time
+from megatron_vlmr1.rewards import mathematics
+mathematics._library()
+start = time.process_time()
+assert mathematics.equal("$x^2+4x+4$", "$(x+2)^2$", 30.0)
+print(time.process_time() - start)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.15
+
+
 def test_formulas_in_another_thread() -> None:
     """There is no timer there, so the answer must be one that needs none."""
     found: list[Any] = []

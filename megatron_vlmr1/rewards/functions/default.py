@@ -8,6 +8,7 @@ Mended in the default mode:
 - an empty truth is a failure;
 - a number inside a text is no number: "3 dogs" is not "3 cats", and texts with different numbers are different;
 - a number or formula is right or wrong, and of several numbers in a sentence none counts;
+- a list, range, date or version is a text: "4-3" is not "3-2", though the differences are equal;
 - a letter is right or wrong, and "(A)", "A)" and "a" name it;
 - a text earns its Levenshtein ratio from MIN_RATIO on only, so that a wrong class earns nothing.
 """
@@ -34,7 +35,8 @@ MAX_FORMULA_CHARACTERS = 1000
 MAX_CELLS = 4 * 10**9
 """Most pairs of characters that Levenshtein compares, 64 at a time: 0.2 s."""
 
-_FORMULA = re2.compile(rf"(?:[A-Za-z]{SPACE}*=)?(?:{DIGIT}|{SPACE}|[-+*/^().,%×÷=])+")
+_NUMBER = rf"(?:[-+(]|{SPACE})*(?:{DIGIT}+(?:[, ]{DIGIT}{{3}})*(?:[.,]{DIGIT}*)?|\.{DIGIT}+)(?:[%).]|{SPACE})*"
+_FORMULA = re2.compile(rf"(?:[A-Za-z]{SPACE}*=)?{_NUMBER}(?:(?:\*\*|[+*/^×÷=]){_NUMBER})*")
 _ANY_DIGIT = re2.compile(DIGIT)
 
 
@@ -52,10 +54,10 @@ def score(item: RewardItem) -> float:
     answer = answers.answer(item.completion)
     if not answer:
         return 0.0
-    if texts.plain(answer) == texts.plain(truth):
+    if _tight(answer) == _tight(truth):
         return 1.0
     if _is_formula(truth):
-        return float(_one_formula(answer) and _same_formula(answer, truth))
+        return float(numeric(answer, truth) == 1.0 or (_one_formula(answer) and _same_formula(answer, truth)))
     letter = texts.choice(truth)
     if letter is not None and len(texts.plain(truth).strip("()[]")) == 1:
         return float(texts.choice(answer) == letter)
@@ -93,12 +95,17 @@ def _similarity(answer: str, truth: str) -> float:
     return value if value and texts.numbers(answer) == texts.numbers(truth) else 0.0
 
 
+def _tight(text: str) -> str:
+    """The plain text without the spaces around the signs of lists, ranges and times."""
+    text = texts.plain(text)
+    for sign in ",-:":
+        text = text.replace(f" {sign}", sign).replace(f"{sign} ", sign)
+    return text
+
+
 def _is_formula(text: str) -> bool:
-    """A text of digits and signs, or one marked as LaTeX."""
-    text = answers.encodable(text)
-    if "$" in text or "\\" in text:
-        return True
-    return _ANY_DIGIT.search(text) is not None and _FORMULA.fullmatch(text) is not None
+    """Numbers with operators between them, or a text marked as LaTeX."""
+    return "$" in text or "\\" in text or _FORMULA.fullmatch(answers.encodable(text)) is not None
 
 
 def _one_formula(answer: str) -> bool:
@@ -107,7 +114,7 @@ def _one_formula(answer: str) -> bool:
 
 def _same_formula(answer: str, truth: str) -> bool:
     try:
-        return mathematics.equal(answer, truth, DEADLINE_S)
+        return mathematics.equal_bare(answer, truth, DEADLINE_S)
     except RewardFailure:
         return False
 

@@ -1,7 +1,7 @@
 """How short a right answer is, by a cosine of its length (arXiv 2502.03373, section 4). Range [-0.5, 1].
 
-An answer is right where its detection reward (`weighted_sum`; a truth with boxes) or else its `default` reward is at
-least CORRECT.
+An answer is right where its reward is at least CORRECT: `weighted_sum` where the truth has labelled boxes, `iou` where
+it is a box, else `default`.
 
 Mended in the default mode:
 - it matters whether the answer is right: a wrong one earns less than nothing, the longer the less so;
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_vlmr1.rewards import functions
+from megatron_vlmr1.rewards import answers, functions
 from megatron_vlmr1.rewards.item import RewardFailure, RewardItem
 
 MAX_TOKENS = 1024
@@ -29,9 +29,14 @@ def score(item: RewardItem) -> float:
         raise RewardFailure("the length reward needs num_tokens")
     if item.compat == "vlm-r1":
         return _between(1.0, 0.5, item.num_tokens)
-    judge = functions.get("weighted_sum" if "bbox_2d" in item.solution else "default")
-    ends = (1.0, 0.5) if judge(item) >= CORRECT else (-0.5, 0.0)
+    ends = (1.0, 0.5) if functions.get(_judge(item.solution))(item) >= CORRECT else (-0.5, 0.0)
     return _between(*ends, min(item.num_tokens, MAX_TOKENS))
+
+
+def _judge(solution: str) -> str:
+    if "bbox_2d" in solution and "label" in solution:
+        return "weighted_sum"
+    return "default" if answers.box(solution) is None else "iou"
 
 
 def _between(shortest: float, longest: float, tokens: int) -> float:

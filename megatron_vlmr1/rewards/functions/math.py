@@ -4,7 +4,8 @@ Within DEADLINE_S, in the main thread; what is too hard (`mathematics.refuse_hop
 
 Mended in the default mode:
 - only an answer block counts, the first: no answer is a 0;
-- LaTeX needs no dollar signs around it;
+- LaTeX needs no dollar signs around it, and without them is not reduced to its last number;
+- what follows a unit is not dropped;
 - an ``\fbox`` is a box, and a box is opened for math_verify too;
 - an empty truth is a failure.
 """
@@ -12,7 +13,7 @@ Mended in the default mode:
 from __future__ import annotations
 
 from megatron_vlmr1.rewards import answers, latex, mathematics, texts
-from megatron_vlmr1.rewards.item import RewardItem, check_length
+from megatron_vlmr1.rewards.item import RewardFailure, RewardItem, check_length
 
 DEADLINE_S = 1.0
 """Wall-clock bound on math_verify, which is asked once, or twice in the default mode for half of it each."""
@@ -29,17 +30,15 @@ def score(item: RewardItem) -> float:
     check_length(item.completion)
     check_length(item.solution)
     truth = _bare(texts.truth(item.solution))
+    if not truth:
+        raise RewardFailure("the solution is empty")
     answer = answers.answer(item.completion)
     if not answer:
         return 0.0
     answer = _bare(answer)
-    if answer == truth or latex.equivalent(answer, truth):
+    if answer == truth or _same_writing(answer, truth):
         return 1.0
-    if mathematics.equal(answer, truth, DEADLINE_S / 2):
-        return 1.0
-    if _needs_dollars(answer) or _needs_dollars(truth):
-        return float(mathematics.equal(_in_dollars(answer), _in_dollars(truth), DEADLINE_S / 2))
-    return 0.0
+    return float(mathematics.equal_bare(answer, truth, DEADLINE_S))
 
 
 def _bare(text: str) -> str:
@@ -52,12 +51,9 @@ def _bare(text: str) -> str:
     return text.strip().rstrip(". ")
 
 
-def _needs_dollars(text: str) -> bool:
-    return "$" not in text and ("\\" in text or "^" in text)
-
-
-def _in_dollars(text: str) -> str:
-    return f"${text}$" if _needs_dollars(text) else text
+def _same_writing(answer: str, truth: str) -> bool:
+    """The normal form takes for a unit, and drops, whatever follows ``\\text{ ``: math_verify knows units better."""
+    return "\\text{ " not in answer + truth and latex.equivalent(answer, truth)
 
 
 def _published(content: str, truth: str) -> float:

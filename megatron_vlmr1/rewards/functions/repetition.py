@@ -11,7 +11,7 @@ Mended in the default mode:
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable
 from itertools import islice
 from typing import Any
 
@@ -131,6 +131,5 @@ def _runs(text: str) -> list[tuple[str, ...]]:
     return list(zip(*(islice(words, start, None) for start in range(WORDS)), strict=False))
 
 
-def _penalty(found: Iterable[Hashable]) -> float:
-    found = list(found)
+def _penalty(found: Collection[Hashable]) -> float:
     return -(1 - len(set(found)) / len(found)) if found else 0.0
