@@ -80,8 +80,8 @@ def equal_bare(answer: str, truth: str, seconds: float) -> bool:
         RewardFailure: as `equal`.
     """
     marked = _in_dollars(answer), _in_dollars(truth)
-    if "\\" in answer + truth:
-        return equal(*marked, seconds)  # as they are, only numbers would be found: 3 for 3\pi
+    if "\\" in answer + truth or truth.count("=") > 1:
+        return equal(*marked, seconds)  # as they are, only the last numbers would be found: 3 for 3\pi, 2 for x=3, y=2
     if equal(answer, truth, seconds / 2):
         return True
     return marked != (answer, truth) and equal(*marked, seconds / 2)
@@ -89,7 +89,7 @@ def equal_bare(answer: str, truth: str, seconds: float) -> bool:
 
 def _in_dollars(text: str) -> str:
     delimited = any(sign in text for sign in ("$", "\\(", "\\["))
-    return f"${text}$" if not delimited and ("\\" in text or "^" in text) else text
+    return f"${text}$" if not delimited and ("\\" in text or "^" in text or text.count("=") > 1) else text
 
 
 @functools.cache

@@ -173,7 +173,7 @@ print(time.process_time() - start)
 def test_formulas_in_another_thread() -> None:
     """There is no timer there, so the answer must be one that needs none."""
     found: list[Any] = []
-    ask = lambda: found.extend(outcome("math", f"<answer>{text}</answer>", "$5$", "none") for text in FORMULAS[:8])  # noqa: E731
+    ask = lambda: found.extend(outcome("math", f"<answer>{text}</answer>", "$5$", "vlm-r1") for text in FORMULAS[:8])  # noqa: E731
     thread = threading.Thread(target=ask)
     thread.start()
     thread.join(20)

@@ -1,11 +1,13 @@
 r"""Whether a formula is right: the same text, equal by math_verify, or the same LaTeX in its last box. 1 or 0.
 
-Within DEADLINE_S, in the main thread; what is too hard (`mathematics.refuse_hopeless`) is a failure.
+Within DEADLINE_S, in the main thread; what takes longer is a failure, and so is a truth that is too hard
+(`mathematics.refuse_hopeless`).
 
 Mended in the default mode:
 - only an answer block counts, the first: no answer is a 0;
 - LaTeX needs no dollar signs around it, and without them is not reduced to its last number;
 - what follows a unit is not dropped;
+- an answer that is too hard is a 0: as a failure, it would be a way around one;
 - an ``\fbox`` is a box, and a box is opened for math_verify too;
 - an empty truth is a failure.
 """
@@ -23,7 +25,7 @@ def score(item: RewardItem) -> float:
     """Return 1.0 or 0.0.
 
     Raises:
-        RewardFailure: too_long, too_hard, or an empty solution.
+        RewardFailure: too_long, too_hard (the truth, in the published value the answer too), or an empty solution.
     """
     if item.compat == "vlm-r1":
         return _published(texts.clean_text(item.completion), texts.clean_text(item.solution))
@@ -38,6 +40,11 @@ def score(item: RewardItem) -> float:
     answer = _bare(answer)
     if answer == truth or _same_writing(answer, truth):
         return 1.0
+    mathematics.refuse_hopeless(truth)
+    try:
+        mathematics.refuse_hopeless(answer)
+    except RewardFailure:
+        return 0.0
     return float(mathematics.equal_bare(answer, truth, DEADLINE_S))
 
 

@@ -4,6 +4,7 @@ Broken json is mended by json_repair, within REPAIR_S and for up to MAX_REPAIR_C
 
 Mended in the default mode:
 - the json of the answer block counts, where there is one, not that of the thoughts before it;
+- beside a list of boxes the thoughts are looked at too, and the worse of both counts;
 - boxes are compared as numbers, 1 and 1.0 being the same, and labels without case or white space around them;
 - what is no object in the list is passed over instead of ending in an error, and so is json too deep to read.
 """
@@ -46,7 +47,9 @@ def score(item: RewardItem) -> float:
     answer = answers.answer(item.completion)
     data = _read(_json_of(item.completion if answer is None else answer))
     found = [_key(entry) for entry in data if isinstance(entry, dict) and {"bbox_2d", "label"} <= entry.keys()]
-    return _penalty(found) if found else _penalty(_runs(item.completion))
+    if not found:
+        return _penalty(_runs(item.completion))
+    return min(_penalty(found), _penalty(_runs(item.completion.partition("<answer>")[0])))
 
 
 def _published(text: str) -> float:
