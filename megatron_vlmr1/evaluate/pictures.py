@@ -71,7 +71,7 @@ def _cell(row: Row, picture: Image.Image) -> Image.Image:
 def _draw(draw: ImageDraw.ImageDraw, item: Mapping[str, Any], scale: float, size: Sequence[int], colour: Any) -> None:
     if item["bbox_2d"] is None:
         return
-    x1, y1, x2, y2 = item["bbox_2d"]
+    x1, y1, x2, y2 = map(float, item["bbox_2d"])  # "Infinity" too, as `json_line` writes what JSON lacks
     left, right = (min(max(x * scale, 0.0), size[0] - 1.0) for x in (min(x1, x2), max(x1, x2)))
     top, bottom = (min(max(y * scale, 0.0), size[1] - 1.0) for y in (min(y1, y2), max(y1, y2)))
     draw.rectangle((left, top, right, bottom), outline=colour, width=2)

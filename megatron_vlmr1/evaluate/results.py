@@ -133,4 +133,4 @@ def _rows(corner: str, columns: Mapping[str, Mapping[str, Any]], figures: Sequen
 
 
 def _escaped(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

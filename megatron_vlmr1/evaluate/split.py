@@ -79,7 +79,8 @@ def evaluate(actor: Actor, judges: Judges, shards: ShardSet, cfg: Config, mesh: 
         actor.engine.policy.forget_features()  # or a whole split's embeddings would stay
     sums = reduce.sums(sums, mesh.is_model_leader)
     if sums["samples"] == sums["failed"]:
-        raise ValueError(f"{shards.directory}: no sample could be answered: {sums['damaged']:.0f} are damaged")
+        lost = f"{sums['damaged']:.0f} are damaged, {sums['failed']:.0f} could not be judged"
+        raise ValueError(f"{shards.directory}: no sample could be measured: {lost}")
     figures = {name: _mean(sums[name], sums[_count_of(name)]) for name in task.aggregates}
     if cfg.evaluate.sampled:
         figures["reward_mean"] = _mean(sums["reward"], sums["scored"])

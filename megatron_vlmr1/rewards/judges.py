@@ -128,7 +128,7 @@ class Judges:
         """Return `reward/latency_p50_s`, `reward/latency_p99_s` and `reward/queue_depth` of the slowest service, and
         `reward/failed/KIND`, the number of failures of each kind since the last call; all ranks call it.
         """
-        found = self._client.stats() if self._client is not None else {}
+        found = self.stats()
         names = {"latency_p50_s", "latency_p99_s", "queue_depth"}
         slowest = reduce.maxima({name: float(found.get(name, 0.0)) for name in sorted(names)}, speaks=True)
         failed = reduce.sums({kind: float(self._failures[kind]) for kind in failures.KINDS}, speaks=True)
@@ -137,8 +137,12 @@ class Judges:
         return out | {f"reward/failed/{kind}": count for kind, count in failed.items() if count}
 
     def stats(self) -> dict[str, Any]:
-        """Return the service's figures where this rank asks it, else nothing."""
-        return self._client.stats() if self._client is not None else {}
+        """Return the service's figures where this rank asks it and is answered, else nothing."""
+        try:
+            return self._client.stats() if self._client is not None else {}
+        except TimeoutError as error:  # it may be starting anew, and other ranks are in a collective
+            logger.warning("no figures of the rewards: %s", error)
+            return {}
 
     def close(self) -> None:
         """Disconnect."""

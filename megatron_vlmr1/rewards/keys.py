@@ -43,13 +43,16 @@ def for_server(socket: zmq.Socket[bytes], folder: Path) -> ThreadAuthenticator:
         What has to be stopped at the end.
 
     Raises:
-        ValueError: a key is missing.
+        ValueError: a key is missing or damaged.
     """
     socket.curve_publickey, socket.curve_secretkey = _pair(folder / "server.key_secret")
     socket.curve_server = True
     clients = folder / _CLIENTS
-    if not any(clients.glob("*.key")):
+    paths = sorted(clients.glob("*.key"))
+    if not paths:
         raise ValueError(f"{clients}: holds no key of anybody who may ask; `vlmr1 rewards keys` makes them")
+    for path in paths:
+        _load(path)  # zmq would log one that is damaged, and then refuse everybody
     authenticator = ThreadAuthenticator(socket.context)
     authenticator.start()
     authenticator.configure_curve(domain="*", location=clients)

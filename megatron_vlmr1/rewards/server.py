@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import resource
 import signal
 import sys
 import sysconfig
@@ -35,6 +36,8 @@ from megatron_vlmr1.runtime.children import die_with_parent
 
 _TICK_MS = 250
 _MAX_FRAMES = 1025
+_MAX_READ = 64  # messages at a time, or a client that never pauses would keep answers from all others
+_HANDSHAKE_MS = 5_000  # after which a stranger's connection, which takes a descriptor, is closed
 _MAX_WAITING = 100_000  # beyond this the service stops reading, and senders wait
 
 logger = logging.getLogger(__name__)
@@ -67,6 +70,7 @@ class Server:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # a full queue would drop answers; clients bound what they ask for
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_ITEM_BYTES + 1024)
         if keys is None and not bind.startswith("ipc://"):
             raise ValueError(f"--bind {bind}: needs --keys, or anybody on the network could use it")
@@ -97,7 +101,9 @@ class Server:
         self._stopping = True
 
     def _read(self) -> None:
-        while sum(map(len, self._held.values())) < _MAX_WAITING:
+        for _ in range(_MAX_READ):
+            if sum(map(len, self._held.values())) >= _MAX_WAITING:
+                return
             try:
                 client, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
@@ -175,6 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     if args.parent is not None:
         die_with_parent(args.parent)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # each connection takes one, also a stranger's
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         settings = PoolSettings(args.workers, args.deadline_s, args.memory_bytes, tuple(args.functions))
         server = Server(args.bind, settings, args.parent, args.keys)

@@ -119,9 +119,12 @@ class RewardService:
 
     def _pass_warnings_on(self) -> None:
         """Repeat in this process's log what the service has warned of since the last call: dead workers, retries."""
-        with self.log_path.open("rb") as log:
-            log.seek(self._told)
-            chunk = log.read(_TOLD_BYTES)
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(self._told)
+                chunk = log.read(_TOLD_BYTES)
+        except OSError:
+            return  # somebody moved it; the service needs its watcher more than we need its words
         lines, newline, rest = chunk.rpartition(b"\n")
         if len(rest) == _TOLD_BYTES:  # no record is as long as that
             lines = rest

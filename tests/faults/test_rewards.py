@@ -16,11 +16,13 @@ import pytest
 import zmq
 
 from megatron_vlmr1.config import RewardsConfig
-from megatron_vlmr1.rewards import wire
+from megatron_vlmr1.rewards import tasks, wire
 from megatron_vlmr1.rewards.client import RewardClient
 from megatron_vlmr1.rewards.item import RewardItem
+from megatron_vlmr1.rewards.judges import Judges
 from megatron_vlmr1.rewards.service import RewardService
 from megatron_vlmr1.types import Score
+from tests.distributed import ranks
 
 OWN = Path(__file__).parent / "own_rewards.py"
 DEADLINE_S = 1.5
@@ -239,6 +241,53 @@ def test_without_a_service_collect_ends(tmp_path: Path) -> None:
         assert client.poll() == 0
         with pytest.raises(TimeoutError):
             client.stats(0.2)
+
+
+def test_a_service_that_does_not_answer_costs_its_figures_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient = RewardClient.stats
+    monkeypatch.setattr(RewardClient, "stats", lambda client: patient(client, 0.1))
+    with ranks.alone() as mesh:
+        judges = Judges(f"ipc://{tmp_path}/none", tasks.get("rec"), RewardsConfig(), mesh, True, 60.0, "qwen2_5_vl")
+        assert judges.stats() == {}
+        names = ("reward/latency_p50_s", "reward/latency_p99_s", "reward/queue_depth")
+        assert judges.take_metrics() == dict.fromkeys(names, 0.0)
+        judges.close()
+
+
+def test_the_service_outlives_its_log(service: RewardService, client: RewardClient) -> None:
+    pid = client.stats()["service_pid"]
+    service.log_path.unlink()
+    time.sleep(1.5)  # three looks at the log
+    os.kill(pid, signal.SIGKILL)
+    submit(client, 0, "echo", "5")
+    assert client.collect([0], TIMEOUT_S)[0].value == 5.0 and service.restarts == 1
+
+
+FLOOD = """
+import sys, time, zmq
+socket = zmq.Context().socket(zmq.DEALER)
+socket.connect(sys.argv[1])
+while True:
+    socket.send(bytes.fromhex("91a57374617473"))  # ["stats"]
+"""
+
+
+def test_clients_that_never_pause_hold_nobody_up(service: RewardService, client: RewardClient) -> None:
+    for number in range(5000):  # whose latencies are sorted for each answer
+        submit(client, number, "echo", "1")
+    client.collect(range(5000), TIMEOUT_S)
+    floods = [subprocess.Popen([sys.executable, "-c", FLOOD, service.address]) for _ in range(3)]
+    time.sleep(1.5)
+    start = time.monotonic()
+    submit(client, -1, "echo", "5")
+    try:
+        assert client.collect([-1], 10)[-1].value == 5.0 and time.monotonic() - start < 3
+    finally:
+        for flood in floods:
+            flood.kill()
+            flood.wait()
 
 
 def test_a_message_too_long_never_leaves(client: RewardClient) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -58,6 +62,37 @@ def test_over_tcp_only_those_with_a_key_are_answered(tmp_path: Path) -> None:
     finally:
         service.terminate()
         assert service.wait(30) == 0
+
+
+def test_a_damaged_key_is_told_and_not_taken_for_none(tmp_path: Path) -> None:
+    keys.create(tmp_path / "keys")
+    (tmp_path / "keys/clients/colleague.key").write_text("oops")
+    service, _ = served(tmp_path / "keys")
+    try:
+        assert service.wait(30) == 2
+    finally:
+        service.kill()
+
+
+def test_connections_of_strangers_take_no_worker_its_descriptors(tmp_path: Path) -> None:
+    keys.create(tmp_path / "keys")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    try:
+        service, address = served(tmp_path / "keys")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    host, port = address.removeprefix("tcp://").split(":")
+    with ExitStack() as held, RewardClient(address, tmp_path / "keys") as client:
+        held.callback(service.wait, 30)
+        held.callback(service.terminate)
+        assert client.alive(TIMEOUT_S)
+        for _ in range(200):
+            held.enter_context(socket.create_connection((host, int(port)), 10))
+        (worker,) = client.stats()["worker_pids"]
+        os.kill(worker, signal.SIGKILL)
+        submit(client, 0, "echo", "3")
+        assert client.collect([0], TIMEOUT_S)[0].value == 3.0 and service.poll() is None
 
 
 @pytest.mark.timeout(150)

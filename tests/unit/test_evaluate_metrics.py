@@ -110,6 +110,14 @@ def test_a_hundred_and_one_detections() -> None:
     assert detection.figures([row([(away, "a")] * 99 + [(box, "a")], [(box, "a")])])["map"] == pytest.approx(0.01)
 
 
+def test_matches_of_open_vocabularies_grow_with_the_boxes() -> None:
+    """Not with pictures times classes."""
+    scenes = [Scene.of_row(row([([0.0, 0.0, 9.0, 9.0], str(i))], [([0.0, 0.0, 9.0, 9.0], str(i))])) for i in range(999)]
+    matches = class_matches(scenes)
+    assert len(matches) == 999 and sum(one.true.nbytes + one.scene.nbytes for one in matches) == 999 * 2 * 8
+    assert resampled(matches, np.ones((1, 999)))[0].tolist() == [1.0, 1.0]
+
+
 def test_resampled_precision_is_that_of_the_repeated_pictures() -> None:
     """Pictures drawn 0, 1 or 2 times: as pycocotools on the pictures that were drawn, where none was drawn twice."""
     rng = np.random.default_rng(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from megatron_vlmr1.evaluate import pictures, results
 from megatron_vlmr1.rewards import tasks
+from megatron_vlmr1.telemetry.files import json_line
 
 COUNTED = {"accuracy": 0.0, "mae": float("nan"), "score_mean": 0.0, "format_rate": 1.0, "samples": 4.0, "failed": 1.0}
 
@@ -89,11 +91,11 @@ def test_summary_of_detections() -> None:
 
 
 def test_markdown_escapes_and_lists_every_figure() -> None:
-    rows = [counting_row(i, float(i), f"c|{i}<b>") for i in range(6)]
+    rows = [counting_row(i, float(i), f"c\\|{i}<b>") for i in range(6)]
     split = results.summarise(rows, tasks.get("counting"), COUNTED | {"mae": 2.5}, 0)
     page = results.markdown("after", "counting", {"val": split}, ["val"])
     assert page.startswith("# after: counting\n")
-    assert "| mae | 2.5 [" in page and "| c\\|5&lt;b> | 0 |" in page
+    assert "| mae | 2.5 [" in page and "| c\\\\\\|5&lt;b> | 0 |" in page
     assert "![val](after_val_worst.png)" in page
 
 
@@ -124,6 +126,14 @@ def test_the_sheet_shows_twelve_cases_with_their_boxes() -> None:
     green = (pixels == (0, 158, 115)).all(1).sum()
     assert green > 12 * 2 * 2 * (160 + 120 - 4)
     assert (pixels == (213, 94, 0)).all(1).sum() > 12 * 300
+
+
+def test_a_box_beyond_all_numbers_is_drawn_to_the_edge() -> None:
+    row = ovd_row(0, True, "a") | {"predicted": [{"bbox_2d": (5.0, 5.0, math.inf, math.inf), "label": ""}]}
+    data = pictures.worst_sheet([json.loads(json_line(row))], tasks.get("ovd"), png)
+    assert data is not None
+    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))[:250]
+    assert (pixels == (213, 94, 0)).all(2).sum() > 2 * (250 + 180)
 
 
 def test_a_sheet_of_one_text_answer_and_of_no_picture() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vlmr1.evaluate.metrics.bootstrap import ratio
 from megatron_vlmr1.evaluate.metrics.scenes import THRESHOLDS, Bools, Floats, Scene, classes, hits
 
 MAX_DETECTIONS = 100
@@ -65,14 +66,12 @@ class ClassMatches:
 
     scene: npt.NDArray[np.int64]  # [D] of each prediction
     hits: Bools  # [D, T]
-    true: Floats  # [scenes] true boxes
+    true: npt.NDArray[np.int64]  # [G] scene of each true box
 
 
 def class_matches(scenes: Sequence[Scene]) -> list[ClassMatches]:
     """Match the predictions of each class that is in the truth; resampling pictures does not change who takes whom."""
-    found: dict[str, tuple[list[int], list[Bools], Floats]] = {
-        label: ([], [], np.zeros(len(scenes))) for label in classes(scenes)
-    }
+    found: dict[str, tuple[list[int], list[Bools], list[int]]] = {label: ([], [], []) for label in classes(scenes)}
     for number, scene in enumerate(scenes):
         for label in {*scene.labels, *scene.true_labels} & found.keys():
             boxes, true_boxes = scene.of_class(label)
@@ -80,9 +79,9 @@ def class_matches(scenes: Sequence[Scene]) -> list[ClassMatches]:
             kept = hits(boxes, true_boxes)[:MAX_DETECTIONS]
             numbers += [number] * len(kept)
             matched.append(kept)
-            true[number] = len(true_boxes)
+            true += [number] * len(true_boxes)
     return [
-        ClassMatches(np.array(numbers, np.int64), np.concatenate(matched), true)
+        ClassMatches(np.array(numbers, np.int64), np.concatenate(matched), np.array(true, np.int64))
         for numbers, matched, true in found.values()
     ]
 
@@ -95,10 +94,12 @@ def resampled(matches: Sequence[ClassMatches], weights: Floats) -> Floats:
     """
     out = np.zeros((len(weights), 2))
     for start, stop in _chunks(matches, len(weights)):
-        tables = np.stack([_weighted(one, weights[start:stop]) for one in matches])  # [classes, r, T]
-        known = np.isfinite(tables)
-        count = known.sum(0)
-        mean = np.divide(np.where(known, tables, 0.0).sum(0), count, out=np.full(count.shape, np.nan), where=count > 0)
+        total, count = np.zeros((2, stop - start, len(THRESHOLDS)))
+        for one in matches:  # not all at once: open vocabularies have as many classes as pictures
+            table = _weighted(one, weights[start:stop])
+            count += np.isfinite(table)
+            total += np.nan_to_num(table)
+        mean = ratio(total, count)
         out[start:stop] = np.stack([mean.mean(1), mean[:, 0]], 1)
     return out
 
@@ -111,7 +112,7 @@ def _chunks(matches: Sequence[ClassMatches], resamples: int) -> list[tuple[int, 
 
 def _weighted(one: ClassMatches, weights: Floats) -> Floats:
     """AP of one class at each threshold, [r, T]; NaN where a resample has no true box of it."""
-    positives = weights @ one.true  # [r]
+    positives = weights[:, one.true].sum(1)  # [r]
     empty = np.where(positives > 0, 0.0, np.nan)
     if not len(one.scene):
         return np.repeat(empty[:, None], len(THRESHOLDS), 1)
