@@ -31,20 +31,11 @@ def within(seconds: float, function: Callable[[], _T], blamed: str = "too_hard")
     """
     if threading.current_thread() is not threading.main_thread():
         return function()
-    armed = True
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        if armed:
-            raise _Interrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
+    before = signal.signal(signal.SIGALRM, _interrupt)
     started = time.monotonic()
     outer_delay, outer_interval = signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
     try:
-        try:
-            return function()
-        finally:
-            armed = False
+        return _bounded(function)
     except _Interrupt:
         raise RewardFailure(f"{blamed}: no result within {seconds:g} s") from None
     finally:
@@ -53,3 +44,15 @@ def within(seconds: float, function: Callable[[], _T], blamed: str = "too_hard")
         if outer_delay:
             left = outer_delay - (time.monotonic() - started)
             signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), outer_interval)
+
+
+def _bounded(function: Callable[[], _T]) -> _T:
+    return function()
+
+
+def _interrupt(_number: int, frame: FrameType | None) -> None:
+    """Raise where a bounded call is under way, not where its timer rings as it is being switched off."""
+    while frame is not None and frame.f_code is not _bounded.__code__:
+        frame = frame.f_back
+    if frame is not None:
+        raise _Interrupt

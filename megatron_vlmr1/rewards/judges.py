@@ -215,18 +215,27 @@ def judges(
         ValueError: an unknown task or reward, settings that the service refuses, or no service at `rewards.address`.
     """
     tasks.check(task, cfg.weights)
-    files = [Path(path) for path in tasks.files(task)]
+    me = identity()
+    local_rank = me.local_rank if me else 0
+    address = (cfg.address or "") if serve else ""
+    made: list[Judges] = []
     with ExitStack() as stack:
-        me = identity()
-        local_rank = me.local_rank if me else 0
-        if cfg.address is not None:
-            address = cfg.address if serve else ""
-        else:
-            starts = serve and local_rank == 0
-            address = stack.enter_context(RewardService(cfg, log_dir, files)).address if starts else ""
+
+        def start() -> None:
+            nonlocal address
+            if serve and cfg.address is None and local_rank == 0:
+                files = [Path(path) for path in tasks.files(task)]
+                address = stack.enter_context(RewardService(cfg, log_dir, files)).address
+
+        def connect() -> None:
+            made.append(Judges(address, tasks.get(task), cfg, mesh, asks, timeout_s, _family(model_type)))
+            stack.callback(made[0].close)
+
+        distributed.together(start)  # one rank's wrong setting is told by all
+        if cfg.address is None:
             address = distributed.from_node_leader(address, local_rank)
-        asked = Judges(address, tasks.get(task), cfg, mesh, asks, timeout_s, _family(model_type))
-        stack.callback(asked.close)
+        distributed.together(connect)
+        (asked,) = made
         problem = f"rewards.address: no service that knows our keys answers at {address} within {_ANSWER_S:g} s"
         distributed.agree("" if cfg.address is None or asked.answered() else problem, ValueError)
         yield asked

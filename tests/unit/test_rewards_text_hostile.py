@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_vlmr1.rewards import functions, mathematics
+from megatron_vlmr1.rewards import deadline, functions, mathematics
 from megatron_vlmr1.rewards.deadline import within
 from megatron_vlmr1.rewards.functions import math as math_reward
 from megatron_vlmr1.rewards.item import MAX_TEXT_BYTES, RewardFailure, RewardItem
@@ -206,6 +206,20 @@ def test_deadline() -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, *outer)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_timer_that_rings_again_and_again_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine it may ring while it is being switched off."""
+    monkeypatch.setattr(deadline, "_AGAIN_S", 1e-4)
+
+    def busy() -> None:
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            pass
+
+    for _ in range(1000):
+        with pytest.raises(RewardFailure, match="too_hard"):
+            within(2e-4, busy)
 
 
 def test_repair_is_bounded() -> None:
