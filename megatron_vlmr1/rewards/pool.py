@@ -84,6 +84,7 @@ class _Lane:
         self.item_s = _BATCH_S  # what an item takes, guessed from the last ones
         self.pid: int | None = None  # None until it has started
         self.moved = time.monotonic()  # last sign of life
+        self.retired = False
         self.deadline_s = settings.deadline_s
         self._done = done
         self._pool = ProcessPool(
@@ -119,7 +120,7 @@ class _Lane:
     @property
     def broken(self) -> str | None:
         """Why this lane has to be replaced, or None."""
-        if not self._pool.active:
+        if self.retired or not self._pool.active:
             return "worker died"
         waited = time.monotonic() - self.moved
         if self.pid is None:
@@ -128,8 +129,10 @@ class _Lane:
 
     def retire(self) -> None:
         """Stop the process, killing it if need be, without waiting for that."""
-        self._pool.stop()
-        self._leaving.start()
+        if not self.retired:
+            self.retired = True
+            self._pool.stop()
+            self._leaving.start()
 
     def close(self) -> None:
         """Wait until the process of a retired lane is gone."""
@@ -218,7 +221,7 @@ class RewardPool:
         """Give each idle process a batch, then, if none is idle or starting, each one batch ahead."""
         for depth in (1, 2):
             for lane in list(self._lanes):
-                if self._queue and lane.pid is not None and len(lane.batches) < depth:
+                if self._queue and lane.pid is not None and not lane.retired and len(lane.batches) < depth:
                     jobs = self._next_batch(lane.item_s)
                     try:
                         lane.give(jobs)
@@ -237,8 +240,8 @@ class RewardPool:
         return jobs
 
     def _settle(self, lane: _Lane, future: Future[bytes]) -> None:
-        if lane not in self._lanes:
-            return  # retired meanwhile; its items are queued again
+        if lane.retired:
+            return  # its items are queued again
         if future is lane.started:
             self._settle_start(lane, future)
             return
@@ -270,6 +273,16 @@ class RewardPool:
         self._start_failures = 0
 
     def _replace(self, lane: _Lane, reason: str) -> None:
+        if not lane.retired:
+            self._retire(lane, reason)
+        try:
+            self._lanes[self._lanes.index(lane)] = self._new_lane()
+        except OSError as error:  # no more processes or descriptors for now: the next drain tries again
+            logger.warning("no new reward process: %s", error)
+            return
+        self._totals.respawned += 1
+
+    def _retire(self, lane: _Lane, reason: str) -> None:
         if lane.pid is None:
             self._start_failures += 1
             if self._start_failures >= _MAX_START_FAILURES:
@@ -278,8 +291,7 @@ class RewardPool:
         lane.retire()
         for jobs in lane.batches.values():
             self._fail_try(jobs, reason)
-        self._lanes[self._lanes.index(lane)] = self._new_lane()
-        self._totals.respawned += 1
+        lane.batches = {}
 
     def _fail_try(self, jobs: list[_Job], reason: str) -> None:
         """Queue the items of a failed batch once more, each alone; those that had their second try have failed."""
