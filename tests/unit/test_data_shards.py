@@ -15,6 +15,7 @@ import pytest
 
 from megatron_vlmr1.data import index
 from megatron_vlmr1.data.index import ShardIndex, ShardSet, verify
+from megatron_vlmr1.data.scan import scan
 from megatron_vlmr1.data.inspect import inspect
 from megatron_vlmr1.data.shards import build
 from megatron_vlmr1.types import Damage, Sample
@@ -24,7 +25,7 @@ KINDS = (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"))
 
 
 def row(i: int, **other: Any) -> dict[str, Any]:
-    turns = [{"from": "human", "value": f"<image>Where is thing {i}?"}, {"from": "gpt", "value": f"[{i}, 2, 3, 4]"}]
+    turns = [{"from": "human", "value": f"<image>Where is thing {i}?"}, {"from": "gpt", "value": f"[0, 1, {i + 2}, 4]"}]
     return {"id": i, "conversations": turns, **other}
 
 
@@ -61,7 +62,7 @@ def test_samples_come_back_as_they_were(built: Path) -> None:
     for i in range(24):
         sample = shards.read(i)
         assert isinstance(sample, Sample)
-        assert (sample.question, sample.solution) == (f"Where is thing {i}?", f"[{i}, 2, 3, 4]")
+        assert (sample.question, sample.solution) == (f"Where is thing {i}?", f"[0, 1, {i + 2}, 4]")
         assert sample.extra == {"id": i}
         files = [] if i % 8 == 0 else [i, i - 1] if i % 8 == 1 else [i]
         assert sample.images == tuple((built.parent / f"images/{file}.img").read_bytes() for file in files)
@@ -284,7 +285,7 @@ def test_only_known_members_are_indexed(tmp_path: Path) -> None:
         link = tarfile.TarInfo("c.json")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-    index.write_index(index.scan(tar), index.index_path(tar))
+    index.write_index(scan(tar).index, index.index_path(tar))
     before = sorted(tmp_path.iterdir())
     shards = ShardSet.open(tmp_path)
     items = [shards.read(i) for i in range(len(shards))]
@@ -306,11 +307,11 @@ def test_a_member_that_is_no_sample_is_damage(tmp_path: Path) -> None:
             member = tarfile.TarInfo(f"{i}.json")
             member.size = len(body)
             archive.addfile(member, io.BytesIO(body))
-    index.write_index(index.scan(tar), index.index_path(tar))
+    index.write_index(scan(tar).index, index.index_path(tar))
     assert len(verify(tmp_path)["damaged"]) == len(bodies)
     tar.write_bytes(b"garbage" * 500)
     with pytest.raises(ValueError, match="not a readable shard"):
-        index.scan(tar)
+        scan(tar)
 
 
 def test_inspect_counts(built: Path) -> None:
