@@ -2,7 +2,8 @@
 
 A sample is ``KEY.json`` with its images ``KEY.jpg`` or ``KEY.0.jpg``, ``KEY.1.png`` … (jpg, jpeg, png, webp, in any
 case); KEY may have folders, and ends at the first dot of the file name. Nothing is unpacked: names are only keys.
-Links, absolute names, names with ``..`` and members of other kinds (``.cls``, ``.pkl``, ``.txt``) are left alone and counted.
+Links, absolute names, names with ``..`` and members of other kinds (``.cls``, ``.pkl``, ``.txt``) are left alone and
+counted.
 
 A damaged header hides its member, and tar readers then skip it or stop. Here the bytes between two members that belong
 to none are a gap, and the samples on both sides of one are kept in the index as damaged: they may lack something.

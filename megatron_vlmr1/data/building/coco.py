@@ -16,9 +16,9 @@ def rows(
     """Yield (number of the image in the file from 1, VLM-R1 row, or why there is none).
 
     The solution is a json list of ``{"bbox_2d": [x1, y1, x2, y2], "label"}`` in pixels, or "None" for an image
-    without annotations; crowds are left out. The question names the classes of the file, or, with
-    `only_present`, those of the image (of the file where it has none). An annotation of an image that the file lacks is a
-    bad row of its own, numbered behind the images.
+    without annotations; crowds are left out. The question names the classes of the file, or, with `only_present`,
+    those of the image (of the file where it has none). An annotation of an image that the file lacks is a bad row of
+    its own, numbered behind the images.
 
     Raises:
         ValueError: not such a file.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
-
-from megatron_vlmr1.runtime.children import die_with_parent
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -39,5 +39,13 @@ def each(function: Callable[[_Item], _Result], items: Sequence[_Item], workers: 
 
 
 def _begin() -> None:
-    die_with_parent()  # the fork server, which ends with the process that it serves
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    # The kernel can't do it (prctl): to it the parent is the fork server, which lives as long as its children.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(128 + signal.SIGKILL)

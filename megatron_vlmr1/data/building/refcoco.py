@@ -3,7 +3,8 @@
 A list of entries, each with
 
 - `image` (or `img_path`, `file_name`): the picture;
-- `problem`: the whole question; or `normal_caption`, `expression`, `sentence` or `caption`: what the question asks for; or `sentences`: a list of such, as texts or as objects with `raw` or `sent`, each of which becomes a row;
+- `problem`: the whole question; or `normal_caption`, `expression`, `sentence` or `caption`: what the question asks for;
+  or `sentences`: a list of such, as texts or as objects with `raw` or `sent`, each of which becomes a row;
 - `solution` or `bbox`: [x1, y1, x2, y2] in pixels; [x, y, width, height] where the entry has ``"bbox_format": "xywh"``
   or the call says so.
 
