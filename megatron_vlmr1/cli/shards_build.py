@@ -78,7 +78,9 @@ def add_parser(commands: Any) -> None:
         type=_fraction,
         help="share of bad rows that may be left out (default: 0.01)",
     )
-    build.add_argument("--workers", metavar="N", type=_count, help="processes (default: the CPUs, up to 16)")
+    build.add_argument(
+        "--workers", metavar="N", type=_count, help="processes (default: up to one a CPU, as far as they pay)"
+    )
     build.add_argument("--json", action="store_true", help="print one JSON document")
     build.set_defaults(run=run, sources=None)
 
@@ -89,12 +91,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: as `megatron_vlmr1.data.shards.build_from`, or the options don't fit each other.
     """
-    from megatron_vlmr1.data.shards import MAX_REJECTED_FRAC, REJECTED, build_from, default_workers
+    from megatron_vlmr1.data.shards import MAX_REJECTED_FRAC, REJECTED, build_from
 
     bars = functools.partial(slow_progress, text=size_text)
-    workers = args.workers or default_workers()
     most = MAX_REJECTED_FRAC if args.max_rejected is None else args.max_rejected
-    done = build_from(_sources(args), args.out, args.shard_size, most, workers, bars)
+    done = build_from(_sources(args), args.out, args.shard_size, most, args.workers, bars)
     if args.json:
         print_json(done)
     else:

@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_vlmr1.checkpoint import partial
 from megatron_vlmr1.data import index, rows
-from megatron_vlmr1.data.building import pool, sources
+from megatron_vlmr1.data.building import pool, sources, writer
 from megatron_vlmr1.data.building.sources import Source
 from megatron_vlmr1.data.building.survey import Survey, survey
 from megatron_vlmr1.data.index import Progress
@@ -65,7 +65,7 @@ def build_from(
     out: str | Path,
     shard_bytes: int,
     max_rejected_frac: float = MAX_REJECTED_FRAC,
-    workers: int = 1,
+    workers: int | None = None,
     bars: Bars = _no_bar,
 ) -> dict[str, Any]:
     """Build the directory `out` of shards from `what`, in that order.
@@ -79,7 +79,7 @@ def build_from(
         out: must not exist yet.
         shard_bytes: a shard is closed before its members would take more; a larger sample gets one of its own.
         max_rejected_frac: a larger share of bad rows is an error, before anything is copied.
-        workers: processes.
+        workers: processes; by default as many as this machine has CPUs, and fewer where there is little to do.
         bars: shows how far each phase is.
 
     Returns:
@@ -119,13 +119,13 @@ def build_from(
     }
 
 
-def default_workers() -> int:
-    """Return how many processes build where nobody says."""
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+def _worthwhile(size: int, share: int) -> int:
+    """How many processes pay for their start: one for each `share` of the bytes."""
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)), 1 + size // share)
 
 
 def _fill(
-    place: Path, what: Sequence[Source], shard_bytes: int, max_rejected_frac: float, workers: int, bars: Bars
+    place: Path, what: Sequence[Source], shard_bytes: int, max_rejected_frac: float, workers: int | None, bars: Bars
 ) -> tuple[Survey, list[int]]:
     """Do both passes in `place`; return what was found, and the bytes of each shard."""
     work = place / _WORK
@@ -139,19 +139,18 @@ def _fill(
     pieces = [piece for source, path in zip(what, lists, strict=True) for piece in sources.pieces(source, path)]
     if found is None:
         with bars("reading rows") as progress:
-            found = survey(pieces, workers, progress)
+            found = survey(pieces, workers or _worthwhile(sum(piece.size_bytes for piece in pieces), 1 << 20), progress)
         found.save(memory)
     _judge(found, what, max_rejected_frac)
     shards = found.shards(pieces, shard_bytes)
     total = sum(shard.size_bytes for shard in shards)
-    from megatron_vlmr1.data.building import writer  # takes a second
-
     sizes = []
     with bars("writing shards") as progress:
-        for size in pool.each(writer.write, [(place, work, shard) for shard in shards], workers):
+        jobs = [(place, work, shard) for shard in shards]
+        for size in pool.each(writer.write, jobs, workers or _worthwhile(total, 1 << 26)):
             sizes.append(size)
             progress(total if len(sizes) == len(shards) else min(total, sum(sizes)), total)
-    names = [writer.shard_name(shard.number) for shard in shards]
+    names = [shard.name for shard in shards]
     manifest = {"shards": names, "samples": [shard.samples for shard in shards]}
     (place / index.MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
     lines = "".join(json.dumps(row) + "\n" for row in found.rejected)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-_PRELOAD = [f"{__package__}.{name}" for name in ("survey", "writer")]  # what takes a second to import, once for all
+_PRELOAD = [f"{__package__}.writer", "webdataset"]  # what takes seconds to import, once for all processes
 
 
 def each(function: Callable[[_Item], _Result], items: Sequence[_Item], workers: int) -> Iterator[_Result]:

@@ -35,6 +35,11 @@ class Shard:
     parts: tuple[tuple[Piece, list[int], list[int], list[int]], ...]  # piece, places, lines, sizes in the tar
 
     @property
+    def name(self) -> str:
+        """File name of its tar."""
+        return f"shard-{self.number:06d}.tar"
+
+    @property
     def samples(self) -> int:
         """How many samples it holds."""
         return sum(len(places) for _, places, _, _ in self.parts)

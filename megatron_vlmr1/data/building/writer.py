@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from webdataset import TarWriter  # takes a second to import, and readers don't need it
-
 from megatron_vlmr1.data import index, rows
 from megatron_vlmr1.data.building import sources
 from megatron_vlmr1.data.building.survey import Shard, finished, record, tar_bytes
@@ -21,11 +19,6 @@ class SourceChanged(ValueError):
     """A row is no longer what it was when the build looked at it."""
 
 
-def shard_name(number: int) -> str:
-    """Return the file name of a shard."""
-    return f"shard-{number:06d}.tar"
-
-
 def write(job: tuple[Path, Path, Shard]) -> int:
     """Write shard (directory, directory for unfinished files, shard) unless it is there; return the bytes of its tar.
 
@@ -36,9 +29,11 @@ def write(job: tuple[Path, Path, Shard]) -> int:
         SourceChanged: a row or an image is not what the survey saw.
     """
     directory, place, shard = job
-    path = directory / shard_name(shard.number)
+    path = directory / shard.name
     if _is_done(path, shard):
         return path.stat().st_size
+    from webdataset import TarWriter  # brings torch: seconds, and only here is it needed
+
     unfinished = place / f"{os.getpid()}-{path.name}"
     with unfinished.open("wb") as file:
         with TarWriter(file, user=_OWNER, group=_OWNER, mtime=0, encoder=False) as tar:
