@@ -88,7 +88,9 @@ def making(out: Path, plan: str) -> Iterator[Path]:
     partial = path_of(out)
     note = partial.with_name(partial.name + ".json")
     if partial.exists() and not note.is_file():
-        raise ValueError(f"{partial}: exists and is not an interrupted export; remove it or name another directory")
+        raise ValueError(
+            f"{partial}: exists and was not left by an interrupted command; remove it or name another directory"
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:

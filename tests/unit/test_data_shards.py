@@ -211,6 +211,22 @@ def damage(name: str, directory: Path) -> set[str]:
         lost = set()
     elif name == "zeroed":
         data[first[victim] : first[victim] + 10] = bytes(10)
+    elif name == "zeroed block":
+        begin = first[victim] - 512
+        data[begin : begin + 4096] = bytes(4096)
+        lost = {
+            keys[row]
+            for row in range(len(keys))
+            for m in range(int(table.starts[row]), int(table.starts[row + 1]))
+            if int(table.offsets[m]) < begin + 4096 and int(table.offsets[m] + table.sizes[m]) > begin
+        }
+    elif name == "longer":
+        data += b"more" * 1000
+        lost = set()
+    elif name == "every header":
+        for member in table.offsets.tolist():
+            data[member - 512 : member] = bytes(512)
+        lost = set()
     elif name == "truncated":
         ends = table.offsets + table.sizes
         del data[int(ends[int(table.starts[victim])]) - 1 :]
@@ -226,7 +242,13 @@ def damage(name: str, directory: Path) -> set[str]:
     return lost
 
 
-@pytest.mark.parametrize("name", ["flipped", "flipped header", "zeroed", "truncated", "empty", "garbage", "absent"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("flipped", "flipped header", "every header", "zeroed", "zeroed block"),
+        *("truncated", "longer", "empty", "garbage", "absent"),
+    ],
+)
 def test_damage_is_named_exactly(name: str, built: Path) -> None:
     lost = damage(name, built)
     report = verify(built)
@@ -326,6 +348,9 @@ def test_inspect_counts(built: Path) -> None:
     pixels = sorted(30 * width for width in widths)
     assert found["pixels"] == {"min": pixels[0], "median": int(np.median(pixels)), "max": pixels[-1]}
     assert found["longer_side"][0] == {"upto": 112, "images": 24}
+    assert found["area"][0] == {"upto": 112 * 112, "images": 24} and found["unreadable"] == 0
+    assert [row for row in found["question_chars"] if row["samples"]] == [{"upto": 32, "samples": 24}]  # 17 or 18
+    assert found["solution_chars"][0] == {"upto": 16, "samples": 24} and found["methods"] == {}
     assert found["bytes"] == sum(path.stat().st_size for path in built.glob("*.tar"))
     shutil.rmtree(built)
     with pytest.raises(ValueError, match="no such directory"):
