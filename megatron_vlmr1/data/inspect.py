@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_vlmr1.data import images
 from megatron_vlmr1.data.index import Progress, ShardSet
+from megatron_vlmr1.data.rows import METHOD
 from megatron_vlmr1.types import Damage
 
 LONGER_SIDES = (112, 224, 448, 672, 896, 1344, 1792, 2688)  # pixels; upper bounds of the histograms' bins
@@ -45,7 +46,7 @@ def inspect(directory: str | Path, progress: Progress | None = None) -> dict[str
         else:
             per_sample[len(item.images)] += 1
             lengths.append((len(item.question), len(item.solution)))
-            if method := item.extra.get("accu_reward_method"):
+            if method := item.extra.get(METHOD):
                 methods[str(method)] += 1
             for data in item.images:
                 kind, size = _header(data)

@@ -14,15 +14,16 @@ from megatron_vlmr1.types import Damage, Sample
 
 TILE = 256  # pixels, the side of a picture's square
 MAX_SAMPLES = 400
-_TEXT = 44  # pixels below it
+_TEXT = 58  # pixels below it
+_LINE = 42  # characters that fit
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 
 
 def contact_sheet(directory: str | Path, count: int) -> bytes:
     """Return a PNG of `count` samples, spread evenly over the shards, in order; their first pictures are shown.
 
-    Below each: its key, its question and, where it is not boxes, its solution. A sample or picture that cannot be read
-    is a tile that says so.
+    Below each: its key, the end of its question and, where it is not boxes, its solution. A sample or
+    picture that cannot be read is a tile that says so.
 
     Raises:
         ValueError: as `ShardSet.open`, no samples, or `count` is not between 1 and MAX_SAMPLES.
@@ -51,7 +52,7 @@ def _tile(item: Sample | Damage) -> Image.Image:
         if isinstance(item, Damage):
             raise ValueError(item.reason)
         found = boxes.of_solution(item.solution)
-        lines += [item.question, "" if found else item.solution]
+        lines += [*_end(item.question), "" if found else item.solution]
         if item.images:
             _paste(tile, draw, images.decode(item.images[0]), found or [])
         if len(item.images) > 1:
@@ -78,6 +79,18 @@ def _paste(tile: Image.Image, draw: ImageDraw.ImageDraw, picture: Image.Image, f
             draw.text((left + x1 + 3, top + y1 + 1), _short(label), colour, ImageFont.load_default())
 
 
+def _end(text: str) -> list[str]:
+    """The last two lines of a text: data sets ask with the same first words."""
+    line = _plain(text)
+    if len(line) > 2 * _LINE:
+        line = "-" + line[1 - 2 * _LINE :]
+    return [line[:_LINE], line[_LINE:]]
+
+
 def _short(text: str) -> str:
-    line = " ".join(text.encode("latin-1", "replace").decode("latin-1").split())
-    return line if len(line) <= 42 else line[:41] + "-"
+    line = _plain(text)
+    return line if len(line) <= _LINE else line[: _LINE - 1] + "-"
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.encode("latin-1", "replace").decode("latin-1").split())

@@ -227,10 +227,10 @@ def test_inspect_draws_a_sheet_and_bars(rows: Path, capsys: pytest.CaptureFixtur
     bars = [line for line in text.splitlines() if line.startswith("      <= 448")]
     assert len(bars) == 1 and bars[0].count("#") == 40  # the widest bin of the longer sides
     with Image.open(sheet) as drawn:
-        assert drawn.size == (512, 600)
+        assert drawn.size == (512, 628)
         pixels = drawn.convert("RGB")
     # The third tile is sample 6: 340 x 80 pixels, shown 252 x 59 from (2, 98); its box begins at (9.4, 112.8).
-    assert pixels.getpixel((10, 300 + 130)) == pixels.getpixel((30, 300 + 113)) == (0xE6, 0x19, 0x4B)
+    assert pixels.getpixel((10, 314 + 130)) == pixels.getpixel((30, 314 + 113)) == (0xE6, 0x19, 0x4B)
     assert pixels.getpixel((8, 9)) != (0, 0, 0)  # the first is damaged and says so
     assert main(["shards", "inspect", str(rows / "out"), "--sheet", str(sheet), "--count", "0"]) == 2
     assert "choose 1 to 400" in capsys.readouterr().err
