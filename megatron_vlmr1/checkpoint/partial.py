@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO
 
 from megatron_vlmr1.checkpoint import store
-from megatron_vlmr1.runtime import distributed
 
 _SPARE_BYTES = 1 << 26  # of disk space, for everything but weights
 
@@ -52,6 +51,8 @@ def make(
         ValueError: the directory is somebody else's, or the disk is too small or fills up.
         OSError: the disk failed; nothing was published.
     """
+    from megatron_vlmr1.runtime import distributed  # imports torch, which what is made by one process can do without
+
     place = path_of(out)
     with ExitStack() as held:
 
@@ -87,7 +88,9 @@ def making(out: Path, plan: str) -> Iterator[Path]:
     partial = path_of(out)
     note = partial.with_name(partial.name + ".json")
     if partial.exists() and not note.is_file():
-        raise ValueError(f"{partial}: exists and is not an interrupted export; remove it or name another directory")
+        raise ValueError(
+            f"{partial}: exists and was not left by an interrupted command; remove it or name another directory"
+        )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:

@@ -188,6 +188,33 @@ def size_text(count: float) -> str:
 
 
 @contextmanager
+def slow_progress(what: str, text: Callable[[float], str] = "{:.0f}".format) -> Iterator[Callable[[int, int], None]]:
+    """Show how much is done: a bar on a terminal, else a line every ten seconds, and none of what is quicker.
+
+    What is yielded is told how much is done and how much there is; `text` says how that is written.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    begun = said = time.monotonic()
+
+    def say(done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= _SAY_EVERY_S and done:
+            said = now
+            left = duration((total - done) * (now - begun) / done)
+            print(f"{what}: {text(done)} of {text(total)}, {left} left", file=sys.stderr, flush=True)
+
+    yield say
+
+
+@contextmanager
 def byte_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Show bytes done, bytes a second and the time left: a bar on a terminal, else a line every ten seconds.
 

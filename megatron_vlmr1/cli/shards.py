@@ -3,50 +3,62 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from megatron_vlmr1 import errors
-from megatron_vlmr1.cli.common import byte_size, print_json, size_text
+from megatron_vlmr1.cli import shards_build
+from megatron_vlmr1.cli.common import print_json, size_text, slow_progress
 
-_BUILD_EXAMPLE = """\
-examples:
-  vlmr1 shards build shards/rec --jsonl rec.jsonl --images coco/train2014
-  vlmr1 shards build shards/mix --jsonl a.jsonl --images a/ --jsonl b.jsonl --images b/ --shard-size 256MB
-  vlmr1 shards build shards/web --jsonl web.jsonl --images web/ --max-rejected 0.01
-"""
+_REPAIR_TEXT = (
+    "Samples are KEY.json with KEY.jpg or KEY.0.jpg, KEY.1.png ... (jpg, jpeg, png, webp). The json has question or"
+    " problem and answer or solution, or VLM-R1's conversations. Other members, links and names with .. or from / are"
+    " left alone and counted. Shards with a valid index are not touched."
+)
+_WIDTH = 40  # characters of the longest bar
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the verb and its three commands to the program's parser."""
+    """Add the verb and its commands to the program's parser."""
     parser = subparsers.add_parser(
         "shards",
-        help="build, verify and inspect data shards",
+        help="build, index, verify and inspect data shards",
         description="WebDataset tar shards with an index beside each.",
         epilog="example: vlmr1 shards build shards/rec --jsonl rec.jsonl --images coco/train2014",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_build(commands)
+    shards_build.add_parser(commands)
+    _add_readers(commands)
+    _add_scenes(commands)
+
+
+def _add_readers(commands: Any) -> None:
+    index = commands.add_parser(
+        "index",
+        help="index WebDataset shards made elsewhere, in place",
+        description=f"Writes an index beside each .tar that has none. {_REPAIR_TEXT} Exit code 1 when one is damaged.",
+        epilog="example: vlmr1 shards index /data/webdataset",
+    )
     verify = commands.add_parser(
         "verify",
         help="read every sample and name the damaged ones",
         description="Checks every sample against its checksum. Exit code 1 when anything is damaged.",
         epilog="example: vlmr1 shards verify shards/rec --json",
     )
+    verify.add_argument(
+        "--repair-index", action="store_true", help="first index the shards whose index is missing or damaged"
+    )
     inspect = commands.add_parser(
         "inspect",
-        help="counts, sizes and resolutions",
+        help="counts, sizes, histograms, a contact sheet",
         description="Reads every sample and the header of every image.",
-        epilog="example: vlmr1 shards inspect shards/rec",
+        epilog="example: vlmr1 shards inspect shards/rec --sheet sheet.png",
     )
-    for command, what in ((verify, run_verify), (inspect, run_inspect)):
+    inspect.add_argument("--sheet", metavar="FILE.png", help="draw samples with the boxes of their solutions")
+    inspect.add_argument("--count", metavar="N", type=int, default=36, help="samples on the sheet (default: 36)")
+    for command, what in ((index, run_index), (verify, run_verify), (inspect, run_inspect)):
         command.add_argument("directory", metavar="DIR", help="directory of shards")
         command.add_argument("--json", action="store_true", help="print one JSON document")
         command.set_defaults(run=what)
-    _add_scenes(commands)
 
 
 def _add_scenes(commands: Any) -> None:
@@ -81,28 +93,22 @@ def run_scenes(args: argparse.Namespace) -> int:
     return errors.DONE
 
 
-def run_build(args: argparse.Namespace) -> int:
-    """Build shards and print what was built.
+def run_index(args: argparse.Namespace) -> int:
+    """Index shards; 1 when samples may be lost.
 
     Raises:
-        ValueError: as `megatron_vlmr1.data.shards.build`.
+        ValueError: as `megatron_vlmr1.data.repair.repair`.
     """
-    from megatron_vlmr1.data.shards import REJECTED, build
+    from megatron_vlmr1.data.repair import lost, repair
 
-    roots = args.images or [Path(path).parent for path in args.jsonl]
-    if len(roots) == 1:
-        roots = roots * len(args.jsonl)
-    with _progress("building shards") as progress:
-        done = build(args.jsonl, roots, args.out, args.shard_size, args.max_rejected, progress)
+    with slow_progress("indexing shards") as progress:
+        changed = repair(args.directory, progress)
     if args.json:
-        print_json(done)
+        print_json({"indexed": changed})
     else:
-        print(
-            f"{done['out']}: {done['samples']} samples with {done['images']} images, {size_text(done['bytes'])}", end=""
-        )
-        print(f" in {done['shards']} shards", end="")
-        print(f"; {done['rejected']} rows left out, see {REJECTED}" if done["rejected"] else "")
-    return errors.DONE
+        _print_changes(changed)
+        print(f"{len(changed)} shards indexed, {sum(row['samples'] for row in changed)} samples in them")
+    return errors.DIFFERS if any(map(lost, changed)) else errors.DONE
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -112,98 +118,82 @@ def run_verify(args: argparse.Namespace) -> int:
         ValueError: DIR holds no indexed shards.
     """
     from megatron_vlmr1.data.index import verify
+    from megatron_vlmr1.data.repair import lost, repair
 
-    with _progress("verifying shards") as progress:
+    changed = []
+    if args.repair_index:
+        with slow_progress("indexing shards") as progress:
+            changed = repair(args.directory, progress)
+    with slow_progress("verifying shards") as progress:
         found = verify(args.directory, progress)
     if args.json:
-        print_json(found)
+        print_json({**found, **({"repaired": changed} if args.repair_index else {})})
     else:
+        _print_changes(changed)
         for row in found["damaged"]:
             print(f"{row['shard']} {row['key']}: {row['reason']}")
         print(f"{found['indexed']} indexed, {found['delivered']} delivered, {len(found['damaged'])} damaged")
-    return errors.DIFFERS if found["damaged"] else errors.DONE
+    return errors.DIFFERS if found["damaged"] or any(map(lost, changed)) else errors.DONE
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """Print what the shards hold.
+    """Print what the shards hold, and draw the sheet.
 
     Raises:
-        ValueError: DIR holds no indexed shards.
+        ValueError: DIR holds no indexed shards, or the sheet cannot be drawn.
     """
     from megatron_vlmr1.data.inspect import inspect
 
-    with _progress("inspecting shards") as progress:
+    if args.sheet:
+        from pathlib import Path
+
+        from megatron_vlmr1.data.sheet import contact_sheet
+        from megatron_vlmr1.telemetry.files import write_atomic
+
+        write_atomic(Path(args.sheet), contact_sheet(args.directory, args.count))
+    with slow_progress("inspecting shards") as progress:
         found = inspect(args.directory, progress)
     if args.json:
         print_json(found)
         return errors.DONE
     print(f"{args.directory}: {found['samples']} samples with {found['images']} images", end="")
     print(f" in {found['shards']} shards, {size_text(found['bytes'])}; {found['damaged']} samples damaged")
-    for title in ("images_per_sample", "formats"):
+    for title in ("formats", "methods"):
         counts = ", ".join(f"{value}: {count}" for value, count in found[title].items())
-        print(f"{title.replace('_', ' ')}: {counts or 'none'}")
+        print(f"{title}: {counts or 'none'}")
     if found["pixels"]:
         print("pixels of an image: " + ", ".join(f"{name} {value}" for name, value in found["pixels"].items()))
-        _print_bins(found["longer_side"])
+    _print_bars("images per sample", found["images_per_sample"])
+    for key, title in (
+        ("longer_side", "longer side in pixels"),
+        ("area", "pixels"),
+        ("question_chars", "characters of a question"),
+        ("solution_chars", "characters of a solution"),
+    ):
+        bars = {("more" if row["upto"] is None else f"<= {row['upto']}"): [*row.values()][1] for row in found[key]}
+        _print_bars(title, bars)
     return errors.DONE
 
 
-def _add_build(commands: Any) -> None:
-    build = commands.add_parser(
-        "build",
-        help="VLM-R1 jsonl and images to shards",
-        description="Packs rows and their images into tar shards, each with an index. A bad row is an error, unless"
-        " --max-rejected allows for it; then it goes to rejected.jsonl.",
-        epilog=_BUILD_EXAMPLE,
-    )
-    build.add_argument("out", metavar="OUT", help="directory to create; must not exist")
-    build.add_argument("--jsonl", metavar="F.jsonl", action="append", required=True, help="rows; may be repeated")
-    build.add_argument(
-        "--images",
-        metavar="DIR",
-        action="append",
-        help="folder that image paths start from: one for each --jsonl, or one for all (default: where the jsonl is)",
-    )
-    build.add_argument("--shard-size", metavar="SIZE", type=byte_size, default="64MB", help="default: 64MB")
-    build.add_argument(
-        "--max-rejected",
-        metavar="FRACTION",
-        type=_fraction,
-        default=0.0,
-        help="share of bad rows to leave out (default: 0)",
-    )
-    build.add_argument("--json", action="store_true", help="print one JSON document")
-    build.set_defaults(run=run_build)
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on stderr where that is a terminal, else one line."""
-    if not sys.stderr.isatty():
-        print(f"{what} ...", file=sys.stderr, flush=True)
-        yield lambda done, total: None
+def _print_bars(title: str, bars: dict[str, int]) -> None:
+    """Print a histogram, without the empty bins at its ends."""
+    if not any(bars.values()):
         return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    print(f"{title}:")
+    shown = [place for place, count in enumerate(bars.values()) if count]
+    for label, count in list(bars.items())[shown[0] : shown[-1] + 1]:
+        print(f"  {label:>10} {count:>9} {'#' * -(-_WIDTH * count // max(bars.values()))}")
 
 
-def _print_bins(bins: list[dict[str, Any]]) -> None:
-    print("longer side in pixels:")
-    most = max(row["images"] for row in bins)
-    for row in bins:
-        label = "larger" if row["upto"] is None else f"<= {row['upto']}"
-        print(f"  {label:>8} {row['images']:>9} {'#' * round(40 * row['images'] / most)}")
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction between 0 and 1")
-    return value
+def _print_changes(changed: list[dict[str, Any]]) -> None:
+    for row in changed:
+        parts = [f"{row['shard']}: {row['why']}; indexed {row['samples']} samples"]
+        if row["expected"] not in (None, row["samples"]):
+            parts.append(f"it was built with {row['expected']}")
+        parts += [
+            f"{row[key]} {text}"
+            for key, text in (("ignored", "members ignored"), ("without_json", "keys without a json left out"))
+            if row[key]
+        ]
+        parts += [f"bytes {begin} to {end} can't be read" for begin, end in row["gaps"]]
+        print(", ".join(parts))

@@ -13,7 +13,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -33,6 +33,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = (5, 6, 7, 8)
 
 
 def header(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int, str]:
@@ -43,6 +44,21 @@ def header(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int, str]:
     """
     with _open(data, max_pixels) as image:
         return image.width, image.height, _format(image)
+
+
+def upright_header(data: bytes | BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[int, int, str]:
+    """Return what `header` does, with width and height of the picture once EXIF orientation is applied.
+
+    Of a file only the header is read, and what a PNG says behind its pixels is not.
+
+    Raises:
+        ValueError: as `header`.
+    """
+    with _open(data, max_pixels) as image:
+        known = image.format != "PNG" or "exif" in image.info  # else Pillow would decode it to look for more
+        turned = known and _orientation(image) in _ON_ITS_SIDE
+        width, height = (image.height, image.width) if turned else (image.width, image.height)
+        return width, height, _format(image)
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -181,11 +197,11 @@ def _settings(raw: dict[str, Any], min_pixels: int | None, max_pixels: int | Non
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
+def _open(data: bytes | BinaryIO, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures (our own cap is checked below) and of broken EXIF
-            image = Image.open(io.BytesIO(data), formats=tuple(SUFFIXES))
+            image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=tuple(SUFFIXES))
     except UnidentifiedImageError as error:
         raise ValueError("not a JPEG, PNG or WebP image") from error
     except Image.DecompressionBombError as error:

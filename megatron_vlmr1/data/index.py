@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vlmr1.data import rows
 from megatron_vlmr1.types import Damage, Sample
 
 KINDS = ("json", "jpg", "png", "webp")
 MANIFEST = "shards.json"
 _FORMAT = "vlmr1-shard-index-1"
 _TABLES = (("starts", "<u4"), ("offsets", "<u8"), ("sizes", "<u8"), ("kinds", "u1"), ("key_ends", "<u4"))
-_MEMBER = re.compile(r"(?P<key>[^.]+)\.(?:(?P<json>json)|(?P<order>\d{1,4})\.(?P<kind>jpg|png|webp))")
 
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -62,41 +61,6 @@ class ShardIndex:
 def index_path(tar: Path) -> Path:
     """Return where the index of shard `tar` lies."""
     return tar.with_suffix(".index")
-
-
-def scan(tar: Path) -> ShardIndex:
-    """Index a finished shard: regular members named ``key.json`` and ``key.N.jpg|png|webp``, all others left out.
-
-    Raises:
-        ValueError: the tar is unreadable or a sample has no json.
-    """
-    samples: dict[str, dict[int, tuple[int, int, int, bytes]]] = {}
-    try:
-        with tarfile.open(tar, "r:") as archive, tar.open("rb") as data:
-            for member in archive:
-                match = _MEMBER.fullmatch(member.name) if member.isreg() else None
-                if match is None:
-                    continue
-                order = -1 if match["json"] else int(match["order"])
-                kind = KINDS.index(match["kind"] or "json")
-                data.seek(member.offset_data)
-                digest = hashlib.sha256(data.read(member.size)).digest()
-                samples.setdefault(match["key"], {})[order] = (member.offset_data, member.size, kind, digest)
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{tar}: not a readable shard: {error}") from error
-    if lost := next((key for key, members in samples.items() if -1 not in members), None):
-        raise ValueError(f"{tar}: sample {lost!r} has no json member")
-    members = [members[order] for members in samples.values() for order in sorted(members)]
-    return ShardIndex(
-        shard=tar.name,
-        starts=np.cumsum([0, *(len(members) for members in samples.values())]),
-        offsets=np.array([member[0] for member in members], np.uint64),
-        sizes=np.array([member[1] for member in members], np.uint64),
-        kinds=np.array([member[2] for member in members], np.uint8),
-        key_ends=np.cumsum([len(key.encode()) for key in samples], dtype=np.uint64),
-        keys="".join(samples).encode(),
-        sha256=np.frombuffer(b"".join(member[3] for member in members), np.uint8).reshape(-1, 32),
-    )
 
 
 def write_index(index: ShardIndex, path: Path) -> None:
@@ -143,9 +107,9 @@ def read_index(path: Path) -> ShardIndex:
         if len(keys) != key_bytes or tables["starts"][-1] != members or not all(ordered):
             raise ValueError("its tables do not match its header")
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: missing, and a shard needs its index: build the shards again") from error
+        raise ValueError(f"{path}: missing; `vlmr1 shards index` makes it anew") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a valid shard index ({error}): build the shards again") from error
+        raise ValueError(f"{path}: not a valid shard index ({error}); `vlmr1 shards index` makes it anew") from error
     return ShardIndex(shard=path.with_suffix(".tar").name, sha256=sha256, keys=keys, digest=digest, **tables)
 
 
@@ -254,10 +218,14 @@ def verify(directory: str | Path, progress: Progress | None = None) -> dict[str,
 
 
 def _sample(key: str, text: bytes, images: tuple[bytes, ...]) -> Sample:
+    """Read a json member: one of ours, or of a shard made elsewhere, which may be any row that `rows` knows."""
     try:
         record = json.loads(text)
+        if isinstance(record, dict) and not record.keys() >= {"question", "solution", "extra"}:
+            row = rows.from_object(record)
+            return Sample(key, row.question, row.solution, images, row.extra)
         question, solution, extra = record["question"], record["solution"], record["extra"]
-    except (KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError, RecursionError, rows.BadRow) as error:
         raise ValueError(f"the json member is not a sample: {error}") from error
     if not (isinstance(question, str) and isinstance(solution, str) and isinstance(extra, dict)):
         raise ValueError("the json member is not a sample: question, solution or extra has a wrong type")

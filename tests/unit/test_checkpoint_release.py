@@ -106,7 +106,7 @@ def test_refusals(source, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="there: exists already; name a new directory"):
         export(source, tmp_path / "there")
     (tmp_path / "out.partial").mkdir()
-    with pytest.raises(ValueError, match="out.partial: exists and is not an interrupted export"):
+    with pytest.raises(ValueError, match="out.partial: exists and was not left by an interrupted command"):
         export(source, tmp_path / "out")
     monkeypatch.setattr(partial.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(ValueError, match="but the disk has 0.0 GB left"):

@@ -349,7 +349,7 @@ def test_refusals(exported, sources, tmp_path, monkeypatch):
             call(source, tmp_path / "there")
     (tmp_path / "m.partial").mkdir()
     for call, source in ((export_torch_dist, sources / "untied"), (import_torch_dist, exported)):
-        with pytest.raises(ValueError, match="m.partial: exists and is not an interrupted export"):
+        with pytest.raises(ValueError, match="m.partial: exists and was not left by an interrupted command"):
             call(source, tmp_path / "m")
     monkeypatch.setattr(partial.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     for call, source in ((export_torch_dist, sources / "untied"), (import_torch_dist, exported)):

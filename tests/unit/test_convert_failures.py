@@ -164,7 +164,7 @@ def test_what_is_there_stays(model, tmp_path, capfd, verb):
 
 def test_somebody_elses_partial_stays(model, tmp_path, capfd):
     (partial := tmp_path / "out.partial").mkdir()
-    line = f"{partial}: exists and is not an interrupted export; remove it or name another directory\n"
+    line = f"{partial}: exists and was not left by an interrupted command; remove it or name another directory\n"
     assert refusal(capfd, "export", model, tmp_path / "out") == line
     assert [*tmp_path.glob("out*")] == [partial]
 

@@ -90,9 +90,11 @@ def test_hostile_image_paths_are_refused(tmp_path: Path) -> None:
             load_image(root, name)
 
 
-def test_lines_are_numbered_and_bounded(tmp_path: Path) -> None:
+def test_lines_are_found_and_bounded(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbfa\n\n" + b"x" * (3 * MAX_LINE_BYTES) + b"\nlast")
     with path.open("rb") as file:
-        found = [(number, len(line), line[:4]) for number, line in lines(file)]
-    assert found == [(1, 2, b"a\n"), (3, MAX_LINE_BYTES + 1, b"xxxx"), (4, 4, b"last")]
+        found = [(offset, len(line), line[:4]) for offset, line in lines(file)]
+        assert [line for _, line in lines(file, 5, 6)] == [b"\n"]
+    last = 6 + 3 * MAX_LINE_BYTES + 1
+    assert found == [(0, 2, b"a\n"), (5, 1, b"\n"), (6, MAX_LINE_BYTES + 1, b"xxxx"), (last, 4, b"last")]

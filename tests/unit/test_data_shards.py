@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 
 from megatron_vlmr1.data import index
-from megatron_vlmr1.data.index import ShardIndex, ShardSet, verify
+from megatron_vlmr1.data.building.sources import Source
+from megatron_vlmr1.data.index import Progress, ShardIndex, ShardSet, verify
 from megatron_vlmr1.data.inspect import inspect
-from megatron_vlmr1.data.shards import build
+from megatron_vlmr1.data.scan import scan
+from megatron_vlmr1.data.shards import build, build_from
 from megatron_vlmr1.types import Damage, Sample
 from tests.tiny import compressed, picture
 
@@ -24,7 +27,7 @@ KINDS = (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"))
 
 
 def row(i: int, **other: Any) -> dict[str, Any]:
-    turns = [{"from": "human", "value": f"<image>Where is thing {i}?"}, {"from": "gpt", "value": f"[{i}, 2, 3, 4]"}]
+    turns = [{"from": "human", "value": f"<image>Where is thing {i}?"}, {"from": "gpt", "value": f"[0, 1, {i + 2}, 4]"}]
     return {"id": i, "conversations": turns, **other}
 
 
@@ -61,7 +64,7 @@ def test_samples_come_back_as_they_were(built: Path) -> None:
     for i in range(24):
         sample = shards.read(i)
         assert isinstance(sample, Sample)
-        assert (sample.question, sample.solution) == (f"Where is thing {i}?", f"[{i}, 2, 3, 4]")
+        assert (sample.question, sample.solution) == (f"Where is thing {i}?", f"[0, 1, {i + 2}, 4]")
         assert sample.extra == {"id": i}
         files = [] if i % 8 == 0 else [i, i - 1] if i % 8 == 1 else [i]
         assert sample.images == tuple((built.parent / f"images/{file}.img").read_bytes() for file in files)
@@ -156,35 +159,40 @@ def test_bad_rows_go_to_the_ledger(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out", "rows.jsonl"]
 
 
-def test_wrong_inputs_are_one_line_and_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_inputs_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
     jsonl, root = source(tmp_path, 2)
     empty = write(tmp_path / "empty.jsonl", [b" "])
     (tmp_path / "taken").mkdir()
     cases = [
-        (([], [], tmp_path / "o"), "no jsonl"),
+        (([], [], tmp_path / "o"), "no source of rows"),
         (([jsonl], [], tmp_path / "o"), "1 jsonl files but 0 image folders"),
         (([tmp_path / "x.jsonl"], [root], tmp_path / "o"), "x.jsonl: no such jsonl"),
         (([jsonl], [tmp_path / "x"], tmp_path / "o"), "x: no such image folder"),
         (([empty], [root], tmp_path / "o"), "empty.jsonl: no rows"),
         (([jsonl], [root], tmp_path / "taken"), "taken: exists already"),
-        (([jsonl], [root], jsonl / "o"), "cannot be written there"),
+        (([jsonl], [root], jsonl / "o"), "rows.jsonl: not a directory"),
     ]
     before = sorted(tmp_path.rglob("*"))
     for (paths, roots, out), message in cases:
         with pytest.raises(ValueError, match=message) as caught:
             build(paths, roots, out, 10**6)
         assert "\n" not in str(caught.value)
-    monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        build([jsonl], [root], tmp_path / "o", 10**6)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     jsonl, root = source(tmp_path, 5)
-    seen: list[tuple[int, int]] = []
-    build([jsonl, jsonl], [root, root], tmp_path / "out", 10**6, progress=lambda *pair: seen.append(pair))
-    assert len(seen) == 10 and seen == sorted(seen) and seen[-1] == (2 * jsonl.stat().st_size,) * 2
+    seen: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def bars(title: str) -> Iterator[Progress]:
+        yield lambda done, total: seen.append((title, done, total))
+
+    build_from([Source("jsonl", jsonl, root)] * 2, tmp_path / "out", 5_000, bars=bars)
+    reading = [row for row in seen if row[0] == "reading rows"]
+    assert reading == [("reading rows", n * jsonl.stat().st_size, 2 * jsonl.stat().st_size) for n in (1, 2)]
+    writing = [row for row in seen if row[0] == "writing shards"]
+    assert len(writing) >= 3 and writing == sorted(writing) and writing[-1][1] == writing[-1][2]
 
 
 def damage(name: str, directory: Path) -> set[str]:
@@ -203,6 +211,22 @@ def damage(name: str, directory: Path) -> set[str]:
         lost = set()
     elif name == "zeroed":
         data[first[victim] : first[victim] + 10] = bytes(10)
+    elif name == "zeroed block":
+        begin = first[victim] - 512
+        data[begin : begin + 4096] = bytes(4096)
+        lost = {
+            keys[row]
+            for row in range(len(keys))
+            for m in range(int(table.starts[row]), int(table.starts[row + 1]))
+            if int(table.offsets[m]) < begin + 4096 and int(table.offsets[m] + table.sizes[m]) > begin
+        }
+    elif name == "longer":
+        data += b"more" * 1000
+        lost = set()
+    elif name == "every header":
+        for member in table.offsets.tolist():
+            data[member - 512 : member] = bytes(512)
+        lost = set()
     elif name == "truncated":
         ends = table.offsets + table.sizes
         del data[int(ends[int(table.starts[victim])]) - 1 :]
@@ -218,7 +242,13 @@ def damage(name: str, directory: Path) -> set[str]:
     return lost
 
 
-@pytest.mark.parametrize("name", ["flipped", "flipped header", "zeroed", "truncated", "empty", "garbage", "absent"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("flipped", "flipped header", "every header", "zeroed", "zeroed block"),
+        *("truncated", "longer", "empty", "garbage", "absent"),
+    ],
+)
 def test_damage_is_named_exactly(name: str, built: Path) -> None:
     lost = damage(name, built)
     report = verify(built)
@@ -284,12 +314,11 @@ def test_only_known_members_are_indexed(tmp_path: Path) -> None:
         link = tarfile.TarInfo("c.json")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-    index.write_index(index.scan(tar), index.index_path(tar))
+    index.write_index(scan(tar).index, index.index_path(tar))
     before = sorted(tmp_path.iterdir())
     shards = ShardSet.open(tmp_path)
     items = [shards.read(i) for i in range(len(shards))]
     assert [(item.key, len(item.images)) for item in items if isinstance(item, Sample)] == [
-        ("/etc/abs", 0),  # a key is a name in the ledger and never a path
         ("a", 1),
         ("b", 0),
     ]
@@ -306,11 +335,8 @@ def test_a_member_that_is_no_sample_is_damage(tmp_path: Path) -> None:
             member = tarfile.TarInfo(f"{i}.json")
             member.size = len(body)
             archive.addfile(member, io.BytesIO(body))
-    index.write_index(index.scan(tar), index.index_path(tar))
+    index.write_index(scan(tar).index, index.index_path(tar))
     assert len(verify(tmp_path)["damaged"]) == len(bodies)
-    tar.write_bytes(b"garbage" * 500)
-    with pytest.raises(ValueError, match="not a readable shard"):
-        index.scan(tar)
 
 
 def test_inspect_counts(built: Path) -> None:
@@ -322,6 +348,9 @@ def test_inspect_counts(built: Path) -> None:
     pixels = sorted(30 * width for width in widths)
     assert found["pixels"] == {"min": pixels[0], "median": int(np.median(pixels)), "max": pixels[-1]}
     assert found["longer_side"][0] == {"upto": 112, "images": 24}
+    assert found["area"][0] == {"upto": 112 * 112, "images": 24} and found["unreadable"] == 0
+    assert [row for row in found["question_chars"] if row["samples"]] == [{"upto": 32, "samples": 24}]  # 17 or 18
+    assert found["solution_chars"][0] == {"upto": 16, "samples": 24} and found["methods"] == {}
     assert found["bytes"] == sum(path.stat().st_size for path in built.glob("*.tar"))
     shutil.rmtree(built)
     with pytest.raises(ValueError, match="no such directory"):

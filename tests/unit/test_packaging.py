@@ -82,6 +82,7 @@ def test_the_wheel_says_what_it_is(installed):
         "Provides-Extra: bench",
         "Provides-Extra: cuda",
         "Provides-Extra: demo",
+        "Provides-Extra: parquet",
         "Provides-Extra: test",
     }
     assert "vlmr1 = megatron_vlmr1.cli.main:main" in (info / "entry_points.txt").read_text()
