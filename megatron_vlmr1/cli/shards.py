@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlmr1 import errors
+from megatron_vlmr1.cli import sets
 from megatron_vlmr1.cli.common import byte_size, print_json, size_text
 
 _BUILD_EXAMPLE = """\
@@ -46,39 +47,8 @@ def add_parser(subparsers: Any) -> None:
         command.add_argument("directory", metavar="DIR", help="directory of shards")
         command.add_argument("--json", action="store_true", help="print one JSON document")
         command.set_defaults(run=what)
-    _add_scenes(commands)
-
-
-def _add_scenes(commands: Any) -> None:
-    scenes = commands.add_parser(
-        "scenes",
-        help="draw grounding scenes: pictures and jsonl rows",
-        description="Draws scenes of one split, the same for the same numbers, as rows that `shards build` reads.",
-        epilog="example: vlmr1 shards scenes scenes --split heldout --count 320",
-    )
-    scenes.add_argument("out", metavar="OUT", help="directory; gets SPLIT.jsonl and images/")
-    scenes.add_argument("--split", required=True, choices=("train", "heldout", "ood"))
-    scenes.add_argument("--count", type=int, required=True, metavar="N", help="number of scenes")
-    scenes.add_argument("--start", type=int, default=0, metavar="I", help="number of the first scene (default: 0)")
-    scenes.add_argument(
-        "--style",
-        choices=("caption", "clean", "rough"),
-        default="rough",
-        help="SFT text of the rows: names and places only, with the true box, or with a loose one (default)",
-    )
-    scenes.set_defaults(run=run_scenes)
-
-
-def run_scenes(args: argparse.Namespace) -> int:
-    """Draw scenes and print the jsonl's path.
-
-    Raises:
-        ValueError: as `megatron_vlmr1.data.scenes.write_split`.
-    """
-    from megatron_vlmr1.data.scenes import write_split
-
-    print(write_split(args.out, args.split, args.count, args.start, args.style))
-    return errors.DONE
+    sets.add_scenes(commands)
+    sets.add_easy_vqa(commands)
 
 
 def run_build(args: argparse.Namespace) -> int:
