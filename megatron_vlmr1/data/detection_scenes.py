@@ -113,7 +113,9 @@ def _asked(rng: np.random.RandomState, recipe: Split, present: list[str]) -> tup
     """Choose up to MOST_ASKED classes in random order; of an unseen class that is there, that one."""
     here = list(dict.fromkeys(present))
     # In domain an unseen class is not even named: a question must not tell what training never shows.
-    absent = [" ".join(kind) for kind in CLASSES if " ".join(kind) not in here and (recipe.unseen or kind not in UNSEEN)]
+    absent = [
+        " ".join(kind) for kind in CLASSES if " ".join(kind) not in here and (recipe.unseen or kind not in UNSEEN)
+    ]
     named = 1 + int(rng.randint(MOST_ASKED))
     of_these = 0 if not recipe.unseen and rng.random_sample() < NONE_SHARE else 1 + int(rng.randint(named))
     first = here[:1] if recipe.unseen else []
@@ -134,7 +136,9 @@ def sft_text(item: DetectionScene, style: Style) -> str:
     places: dict[str, list[str]] = {name: [] for name in item.asked}
     for i in item.found:
         places[label(item.objects[i])].append(item.objects[i].place)
-    caption = "<think> " + ", ".join(f"{n} {' and '.join(where) or 'none'}" for n, where in places.items()) + " </think>"
+    caption = (
+        "<think> " + ", ".join(f"{n} {' and '.join(where) or 'none'}" for n, where in places.items()) + " </think>"
+    )
     if style == "caption":
         return caption
     found = answer(item, item.loose if style == "rough" else [thing.box for thing in item.objects])

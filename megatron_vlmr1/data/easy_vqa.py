@@ -76,7 +76,7 @@ def _rows(
 def _load(split: SplitName) -> tuple[list[Question], dict[int, str]]:
     """Return a split's questions, and its pictures' paths by their numbers."""
     try:
-        import easy_vqa  # type: ignore[import-not-found,import-untyped,unused-ignore]  # in the extra [demo]
+        import easy_vqa  # in the extra [demo]
     except ImportError as error:
         raise ValueError('the package easy-vqa is not installed: pip install "easy-vqa>=1.0,<2"') from error
     if split == "train":

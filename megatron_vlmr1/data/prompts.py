@@ -108,8 +108,8 @@ class PromptBuilder:
                     f"and {rendered.count(_STAND_IN)} texts"
                 )
             system = self._system_prompt or ""
-            near = (text.replace(_SYSTEM_STAND_IN, system) for text in (before[cut:], after[:end]))
-            self._frames[images] = head, *near, tail
+            left, right = (text.replace(_SYSTEM_STAND_IN, system) for text in (before[cut:], after[:end]))
+            self._frames[images] = head, left, right, tail
         return self._frames[images]
 
     def _framing_ids(self, rendered: str) -> list[int]:

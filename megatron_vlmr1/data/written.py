@@ -26,7 +26,8 @@ def write_rows(
         ValueError: `directory` cannot be written.
     """
     images = Path(directory) / "images"
-    lines, written = [], set()
+    lines: list[str] = []
+    written: set[str] = set()
     try:
         images.mkdir(parents=True, exist_ok=True)
         for row, pictures in items:

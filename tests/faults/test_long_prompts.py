@@ -1,4 +1,4 @@
-"""A prompt that is too long, on one of two data-parallel ranks: left out with a ledger row, or the end of both ranks."""
+"""A prompt that is too long, on one of two data-parallel ranks: left out with a ledger row, or both ranks end."""
 
 from __future__ import annotations
 

@@ -47,7 +47,9 @@ def test_two_hundred_crops_of_photographs() -> None:
     assert sum(short < 14 for short, _ in sides) > 20 and sum(long > 20 * short for short, long in sides) > 10
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 13), (14, 14), (1, 200), (200, 1), (2, 400), (42, 70), (13, 15), (600, 3)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 13), (14, 14), (1, 200), (200, 1), (2, 400), (42, 70), (13, 15), (600, 3)]
+)
 @pytest.mark.parametrize("bounds", BOUNDS, ids=("default", "narrow"))
 def test_crops_at_the_edge_of_the_rules(size: tuple[int, int], bounds: dict[str, int]) -> None:
     for photo in photographs()[:3]:

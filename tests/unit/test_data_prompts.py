@@ -117,7 +117,9 @@ def test_special_tokens_in_text_forge_nothing(
     def built(text: str) -> Prompt:
         question, system = (text if where == name else "x" for name in ("question", "system prompt"))
         template = (lambda q: f"{text}{q}{text}") if where == "task template" else str
-        prompt = builder(checkpoint, tokenizer, template=template, system_prompt=system).build(0, sample(question, *sizes))
+        prompt = builder(checkpoint, tokenizer, template=template, system_prompt=system).build(
+            0, sample(question, *sizes)
+        )
         assert isinstance(prompt, Prompt)
         return prompt
 

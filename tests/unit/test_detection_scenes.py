@@ -118,7 +118,10 @@ def test_no_layout_is_in_two_splits() -> None:
 
 
 def test_styles_of_sft_text() -> None:
-    texts = {style: [detection_scenes.sft_text(item, style) for item in drawn("train")] for style in ("caption", "clean", "rough")}
+    texts = {
+        style: [detection_scenes.sft_text(item, style) for item in drawn("train")]
+        for style in ("caption", "clean", "rough")
+    }
     tagged = re.compile(r"(<think> [a-z, ]+ </think>)<answer>(.*)</answer>")
     for item, caption, clean, rough in zip(drawn("train"), *texts.values(), strict=True):
         match = tagged.fullmatch(clean)

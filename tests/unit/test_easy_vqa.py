@@ -55,7 +55,7 @@ def test_a_count_is_spread_over_the_split_and_repeatable(tmp_path: Path) -> None
 
 def test_thoughts_are_right_and_the_text_earns_full_reward(tmp_path: Path) -> None:
     """Where a picture's questions say both colour and shape, both are what its own other questions confirm."""
-    made = written(easy_vqa.write_split(tmp_path, "train"))
+    made = written(easy_vqa.write_split(tmp_path, "test"))
     truth: dict[str, dict[str, str]] = {}
     for row in made:
         if row["category"] != "yes/no":
