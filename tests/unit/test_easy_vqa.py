@@ -24,24 +24,33 @@ def written(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("split", "questions", "pictures"), [("train", 38_575, 4000), ("test", 9673, 1000)])
-def test_a_split_is_the_whole_of_the_package(split: Any, questions: int, pictures: int, tmp_path: Path) -> None:
-    made = written(easy_vqa.write_split(tmp_path, split))
-    texts, answers, numbers = getattr(package, f"get_{split}_questions")()
-    assert len(made) == len(texts) == questions
-    assert len({row["id"] for row in made}) == questions
+def test_a_split_is_the_whole_of_the_package(tmp_path: Path) -> None:
+    made = written(easy_vqa.write_split(tmp_path, "test"))
+    texts, answers, numbers = package.get_test_questions()
+    assert len(made) == len(texts) == len({row["id"] for row in made}) == 9673
     for row, text, answer, number in zip(made, texts, answers, numbers, strict=True):
         assert [turn["value"] for turn in row["conversations"]] == [f"<image>{text}", answer]
-        assert row["image"] == f"{split}-{number:04d}.png"
-    paths = getattr(package, f"get_{split}_image_paths")()
-    files = list((tmp_path / "images").iterdir())
-    assert len(files) == pictures
-    for number in range(0, pictures, 97):
-        assert (tmp_path / "images" / f"{split}-{number:04d}.png").read_bytes() == Path(paths[number]).read_bytes()
+        assert row["image"] == f"test-{number:04d}.png"
+    paths = package.get_test_image_paths()
+    assert len(list((tmp_path / "images").iterdir())) == 1000
+    for number in range(0, 1000, 97):
+        assert (tmp_path / "images" / f"test-{number:04d}.png").read_bytes() == Path(paths[number]).read_bytes()
     assert {row["conversations"][1]["value"] for row in made} == set(package.get_answers()) == easy_vqa.ANSWERS
     kinds = Counter(row["category"] for row in made)
-    assert kinds["yes/no"] == {"train": 28_407, "test": 7136}[split]  # as its own card counts them
+    assert kinds["yes/no"] == 7136  # as its own card counts them
     assert kinds["color"] == sum(a in easy_vqa.COLOURS for a in answers) and len(kinds) == 3
+
+
+def test_the_train_split_is_the_packages_own_and_shares_no_picture(tmp_path: Path) -> None:
+    train = written(easy_vqa.write_split(tmp_path, "train", 400))
+    texts, answers, numbers = package.get_train_questions()
+    assert len(texts) == 38_575
+    for i, row in enumerate(train):
+        number = i * 38_575 // 400
+        assert [turn["value"] for turn in row["conversations"]] == [f"<image>{texts[number]}", answers[number]]
+        assert row["image"] == f"train-{numbers[number]:04d}.png"
+    train_paths, test_paths = package.get_train_image_paths().values(), package.get_test_image_paths().values()
+    assert not {Path(p).read_bytes() for p in train_paths} & {Path(p).read_bytes() for p in test_paths}
 
 
 def test_a_count_is_spread_over_the_split_and_repeatable(tmp_path: Path) -> None:
