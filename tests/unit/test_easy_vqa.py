@@ -12,6 +12,7 @@ import easy_vqa as package
 import pytest
 from transformers import AutoTokenizer
 
+from megatron_vlmr1 import config
 from megatron_vlmr1.cli.main import main
 from megatron_vlmr1.data import easy_vqa, rows
 from megatron_vlmr1.rewards.functions import default, format
@@ -106,6 +107,13 @@ def test_the_tiny_model_can_write_every_answer() -> None:
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text and len(ids) <= 20
         assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+def test_the_configs_belong_together() -> None:
+    sft, grpo = (config.load(f"configs/{name}.yaml") for name in ("vqa_sft", "vqa"))
+    assert (sft.method, grpo.method, sft.task, grpo.task) == ("sft", "grpo", "vqa", "vqa")
+    assert (sft.model.path, grpo.model.path) == ("asset:tiny_vlm", sft.run_dir)
+    assert sft.data == grpo.data and list(grpo.data.evaluate) == ["test"]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
