@@ -38,6 +38,7 @@ class Damage:
     shard: str
     key: str
     reason: str
+    too_long: bool = False  # nothing is wrong with the sample: its prompt is longer than data.max_prompt_tokens
 
 
 @dataclass(frozen=True)

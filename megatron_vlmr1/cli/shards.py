@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from megatron_vlmr1 import errors
-from megatron_vlmr1.cli import shards_build
+from megatron_vlmr1.cli import sets, shards_build
 from megatron_vlmr1.cli.common import print_json, size_text, slow_progress
 
 _REPAIR_TEXT = (
@@ -59,38 +59,8 @@ def _add_readers(commands: Any) -> None:
         command.add_argument("directory", metavar="DIR", help="directory of shards")
         command.add_argument("--json", action="store_true", help="print one JSON document")
         command.set_defaults(run=what)
-
-
-def _add_scenes(commands: Any) -> None:
-    scenes = commands.add_parser(
-        "scenes",
-        help="draw grounding scenes: pictures and jsonl rows",
-        description="Draws scenes of one split, the same for the same numbers, as rows that `shards build` reads.",
-        epilog="example: vlmr1 shards scenes scenes --split heldout --count 320",
-    )
-    scenes.add_argument("out", metavar="OUT", help="directory; gets SPLIT.jsonl and images/")
-    scenes.add_argument("--split", required=True, choices=("train", "heldout", "ood"))
-    scenes.add_argument("--count", type=int, required=True, metavar="N", help="number of scenes")
-    scenes.add_argument("--start", type=int, default=0, metavar="I", help="number of the first scene (default: 0)")
-    scenes.add_argument(
-        "--style",
-        choices=("caption", "clean", "rough"),
-        default="rough",
-        help="SFT text of the rows: names and places only, with the true box, or with a loose one (default)",
-    )
-    scenes.set_defaults(run=run_scenes)
-
-
-def run_scenes(args: argparse.Namespace) -> int:
-    """Draw scenes and print the jsonl's path.
-
-    Raises:
-        ValueError: as `megatron_vlmr1.data.scenes.write_split`.
-    """
-    from megatron_vlmr1.data.scenes import write_split
-
-    print(write_split(args.out, args.split, args.count, args.start, args.style))
-    return errors.DONE
+    sets.add_scenes(commands)
+    sets.add_easy_vqa(commands)
 
 
 def run_index(args: argparse.Namespace) -> int:

@@ -51,7 +51,10 @@ class DataConfig(Section):
     max_pixels: PositiveInt | None = None
     """Largest image area after resizing; the checkpoint's own when empty."""
     max_prompt_tokens: PositiveInt = 2048
-    """A longer prompt is left out of its batch and written to the ledger."""
+    """Image tokens included."""
+    long_prompts: Literal["drop", "error"] = "drop"
+    """What becomes of a longer prompt. drop: it is left out of its batch and written to the ledger; error: the run ends
+    with a line that names it."""
     system_prompt: str | None = None
     """System message of the chat; the chat template's own when empty."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megatron_vlmr1.data.prompts import PromptBuilder
 from megatron_vlmr1.data.stream import Stream
 from megatron_vlmr1.parallel import reduce
 from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.runtime import distributed
 from megatron_vlmr1.telemetry.files import json_line, write_atomic
 from megatron_vlmr1.types import Damage, Prompt, Sample
 
@@ -20,9 +22,20 @@ class Feed:
     The ranks that hold one copy of the model read for themselves; what one of them cannot read, none of them uses.
     """
 
-    def __init__(self, stream: Stream, builder: PromptBuilder, mesh: Mesh, ledger: Path | None) -> None:
-        """`ledger` receives one JSON line for each loss; None where another rank writes it."""
+    def __init__(
+        self, stream: Stream, builder: PromptBuilder, mesh: Mesh, ledger: Path | None, refuse_long: bool = False
+    ) -> None:
+        """Take what is needed.
+
+        Args:
+            stream: this rank's share of the data order.
+            builder: makes the prompts.
+            mesh: the ranks.
+            ledger: receives one JSON line for each loss; None where another rank writes it.
+            refuse_long: whether a prompt that is too long ends the run.
+        """
         self._stream, self._builder, self._mesh, self._ledger = stream, builder, mesh, ledger
+        self._refuse_long = refuse_long
         self.skipped = 0
 
     @property
@@ -31,8 +44,14 @@ class Feed:
         return self._stream.consumed
 
     def next(self, n_global: int) -> list[tuple[Prompt, Sample]]:
-        """Return this rank's part of the next `n_global` positions, with the samples they were made of."""
+        """Return this rank's part of the next `n_global` positions, with the samples they were made of.
+
+        Raises:
+            ValueError: a prompt is too long, and that is to end the run; on all ranks of the world.
+        """
         built = [(position, *self._build(position, item)) for position, item in self._stream.next(n_global)]
+        if self._refuse_long:
+            agree_on_length((" ".join(self._stream.locate(position)), prompt) for position, prompt, _ in built)
         out: list[tuple[Prompt, Sample]] = []
         lost = reduce.lost_anywhere([isinstance(prompt, Damage) for _, prompt, _ in built], self._mesh)
         for (position, prompt, item), gone in zip(built, lost, strict=True):
@@ -56,6 +75,20 @@ class Feed:
             with self._ledger.open("ab") as out:
                 row = {"position": position, "shard": damage.shard, "key": damage.key, "reason": damage.reason}
                 out.write(json_line(row))
+
+
+def agree_on_length(built: Iterable[tuple[str, Prompt | Damage]]) -> None:
+    """Go on if no rank of the world has a prompt that is too long; all of them call it.
+
+    Args:
+        built: of this rank, each with the name of its sample.
+
+    Raises:
+        ValueError: the first such prompt; the same line on all ranks.
+    """
+    long = ((name, item.reason) for name, item in built if isinstance(item, Damage) and item.too_long)
+    name, reason = next(long, ("", ""))
+    distributed.agree(f"{name}: {reason} (data.long_prompts=drop leaves it out)" if reason else "", ValueError)
 
 
 def truncate_ledger(directory: Path, consumed: int) -> None:

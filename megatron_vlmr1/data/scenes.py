@@ -7,8 +7,8 @@ Shapes are painted as numpy masks from a frozen random stream, so pixels depend 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from megatron_vlmr1.data.written import write_rows
 
 COLOURS: Mapping[str, tuple[int, int, int]] = {
     "red": (205, 45, 45),
@@ -111,11 +113,7 @@ def scene(split: str, index: int) -> Scene:
     Raises:
         ValueError: unknown split, or a negative index.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    if index < 0:
-        raise ValueError(f"scene index {index} of split {split} is negative")
-    recipe = SPLITS[split]
+    recipe = recipe_of(split, index)
     # RandomState's stream is frozen by numpy's compatibility policy; Generator's is not.
     rng = np.random.RandomState([recipe.seed, index])
     place_kind = rng.random_sample() < 1 / 3
@@ -130,7 +128,20 @@ def scene(split: str, index: int) -> Scene:
     elif rng.random_sample() < 0.5:
         noun = f"{target.colour} {target.shape}"
     completion = rough_completion(rng, target)
-    return Scene(split, index, _paint(rng, objects), objects, f"the {noun}", completion)
+    return Scene(split, index, paint(rng, objects), objects, f"the {noun}", completion)
+
+
+def recipe_of(split: str, index: int) -> Split:
+    """Return how scene `index` of `split` is drawn.
+
+    Raises:
+        ValueError: unknown split, or a negative index.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    if index < 0:
+        raise ValueError(f"scene index {index} of split {split} is negative")
+    return SPLITS[split]
 
 
 def layout_hash(objects: tuple[SceneObject, ...]) -> str:
@@ -152,7 +163,7 @@ def _layout(rng: np.random.RandomState, recipe: Split, place_kind: bool) -> tupl
         if not choices:
             return ()
         shape = choices[rng.randint(len(choices))]
-        box = _free_box(rng, [o.box for o in objects])
+        box = free_box(rng, [o.box for o in objects], SMALLEST, LARGEST)
         if box is None:
             return ()
         objects.append(SceneObject(colour, shape, box))
@@ -160,9 +171,10 @@ def _layout(rng: np.random.RandomState, recipe: Split, place_kind: bool) -> tupl
     return () if same else tuple(objects)
 
 
-def _free_box(rng: np.random.RandomState, taken: list[Box]) -> Box | None:
+def free_box(rng: np.random.RandomState, taken: list[Box], smallest: int, largest: int) -> Box | None:
+    """Return a square box of a side from `smallest` to `largest`, apart from those that are taken, if room is found."""
     for _ in range(20):
-        side = int(rng.randint(SMALLEST, LARGEST + 1))
+        side = int(rng.randint(smallest, largest + 1))
         x, y = (int(v) for v in rng.randint(MARGIN, SIZE - MARGIN - side + 1, size=2))
         if all(
             x >= x2 + MARGIN or x + side + MARGIN <= x1 or y >= y2 + MARGIN or y + side + MARGIN <= y1
@@ -184,7 +196,7 @@ def _mask(shape: str, side: int) -> npt.NDArray[np.bool_]:
     return np.ones((side, side), dtype=np.bool_)
 
 
-def _paint(rng: np.random.RandomState, objects: tuple[SceneObject, ...]) -> Image.Image:
+def paint(rng: np.random.RandomState, objects: tuple[SceneObject, ...]) -> Image.Image:
     """Grey to slightly coloured background with a gentle wave, the shapes, then noise over everything."""
     level = rng.uniform(95, 115) + rng.uniform(-6, 6, size=3)
     wave, phase = rng.uniform(-0.15, 0.15, size=2), rng.uniform(0, 2 * np.pi)
@@ -206,10 +218,15 @@ def rough_completion(rng: np.random.RandomState, target: SceneObject) -> str:
 
     A model trained on it can do the task, but not well: there is something left for GRPO to mend.
     """
-    x1, y1, x2, y2 = target.box
-    left, top, right, bottom = (round(float(push)) for push in rng.uniform(0, PUSH, size=4) * (x2 - x1))
-    answer = _json_answer((max(x1 - left, 0), max(y1 - top, 0), min(x2 + right, SIZE), min(y2 + bottom, SIZE)))
+    answer = _json_answer(pushed(rng, target.box))
     return answer if rng.random_sample() < BARE_SHARE else _tagged(target, answer)
+
+
+def pushed(rng: np.random.RandomState, box: Box) -> Box:
+    """Return `box` with each side moved outward, by up to PUSH of its width."""
+    x1, y1, x2, y2 = box
+    left, top, right, bottom = (round(float(push)) for push in rng.uniform(0, PUSH, size=4) * (x2 - x1))
+    return max(x1 - left, 0), max(y1 - top, 0), min(x2 + right, SIZE), min(y2 + bottom, SIZE)
 
 
 def _json_answer(box: Box) -> str:
@@ -252,22 +269,25 @@ def write_split(directory: str | Path, split: str, count: int, start: int = 0, s
     returned. The rows name pictures relative to ``images``.
 
     Raises:
-        ValueError: unknown split, or a count below 1.
+        ValueError: unknown split, a count below 1, or `directory` cannot be written.
+    """
+    drawn = (scene(split, index) for index in numbers(split, count, start))
+    return write_rows(directory, split, ((row(item, style), {f"{item.key}.png": png(item.image)}) for item in drawn))
+
+
+def numbers(split: str, count: int, start: int) -> range:
+    """Return the numbers of `count` scenes.
+
+    Raises:
+        ValueError: there would be none.
     """
     if count < 1:
         raise ValueError(f"split {split}: a count of {count} scenes makes no file")
-    directory = Path(directory)
-    images = directory / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for index in range(start, start + count):
-        item = scene(split, index)
-        fresh = images / f".{item.key}.png.{os.getpid()}"
-        item.image.save(fresh, format="PNG", compress_level=1)
-        os.replace(fresh, images / f"{item.key}.png")
-        lines.append(json.dumps(row(item, style)) + "\n")
-    target = directory / f"{split}.jsonl"
-    fresh = directory / f".{split}.jsonl.{os.getpid()}"
-    fresh.write_text("".join(lines), encoding="utf-8")
-    os.replace(fresh, target)
-    return target
+    return range(start, start + count)
+
+
+def png(image: Image.Image) -> bytes:
+    """Return the picture as a PNG file."""
+    out = io.BytesIO()
+    image.save(out, format="PNG", compress_level=1)
+    return out.getvalue()

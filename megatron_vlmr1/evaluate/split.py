@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_vlmr1.config import Config
+from megatron_vlmr1.data.feed import agree_on_length
 from megatron_vlmr1.data.index import ShardSet
 from megatron_vlmr1.data.prompts import PromptBuilder
 from megatron_vlmr1.parallel import reduce
@@ -57,7 +58,7 @@ def evaluate(actor: Actor, judges: Judges, shards: ShardSet, cfg: Config, mesh: 
     total = min(len(shards), cfg.evaluate.limit or len(shards))
     if total == 0:
         raise ValueError(f"{shards.directory}: the split is empty; nothing to evaluate")
-    for batch, damaged in _batches(shards, builder, total, cfg.evaluate.batch_prompts, mesh):
+    for batch, damaged in _batches(shards, builder, total, cfg, mesh):
         sums["damaged"] += damaged
         prompts = [prompt for prompt, _ in batch]
         answered = actor.engine.generate(prompts, 1, actor.greedy())
@@ -90,13 +91,17 @@ def evaluate(actor: Actor, judges: Judges, shards: ShardSet, cfg: Config, mesh: 
 
 
 def _batches(
-    shards: ShardSet, builder: PromptBuilder, total: int, size: int, mesh: Mesh
+    shards: ShardSet, builder: PromptBuilder, total: int, cfg: Config, mesh: Mesh
 ) -> Iterator[tuple[list[tuple[Prompt, Sample]], int]]:
-    """Yield this data-parallel rank's samples, `size` at a time, and how many of them are damaged and left out."""
-    mine = range(mesh.dp_rank, total, mesh.dp_size)
-    for start in range(0, len(mine), size):
+    """Yield this data-parallel rank's samples batch by batch, and how many of them are damaged and left out."""
+    mine, size = range(mesh.dp_rank, total, mesh.dp_size), cfg.evaluate.batch_prompts
+    for start in range(0, len(range(0, total, mesh.dp_size)), size):  # as many rounds on every rank
         read = [(i, shards.read(i)) for i in mine[start : start + size]]
         built = [(builder.build(i, item) if isinstance(item, Sample) else item, item) for i, item in read]
+        if cfg.data.long_prompts == "error":
+            agree_on_length((f"{shards.directory} {item.key}", prompt) for prompt, item in built)
+        if not built:
+            continue
         lost = reduce.lost_anywhere([isinstance(prompt, Damage) for prompt, _ in built], mesh)
         for prompt, _ in built:
             if isinstance(prompt, Damage):

@@ -247,7 +247,7 @@ class Run:
         if mesh.rank == 0:
             truncate_ledger(self.run_dir / "ledger", consumed)
         dist.barrier()  # the others append to it
-        return Feed(stream, self.actor.prompt_builder(self.task.render), mesh, ledger)
+        return Feed(stream, self.actor.prompt_builder(self.task.render), mesh, ledger, cfg.data.long_prompts == "error")
 
 
 def requeue(run: Run) -> RunStopped:

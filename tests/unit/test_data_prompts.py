@@ -99,28 +99,60 @@ def test_random_text_gets_the_ids_of_the_whole_string(checkpoint: Path, tokenize
         assert isinstance(prompt, Prompt) and prompt.token_ids.tolist() == expected(tokenizer, prompt, text), repr(text)
 
 
+def test_template_and_system_prompt(checkpoint: Path, tokenizer: Any) -> None:
+    for system in ("Be brief.", " spaces \n", "Use <think> tags.\n\n", "e\u0301 {{ 7 * 7 }}"):
+        make = builder(checkpoint, tokenizer, template=lambda q: f"{q} Think.", system_prompt=system)
+        prompt = make.build(0, sample("Why?", (60, 60)))
+        assert isinstance(prompt, Prompt)
+        assert prompt.token_ids.tolist() == expected(tokenizer, prompt, "Why? Think.", system)
+        assert prompt.question == "Why?"
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=len)
+@pytest.mark.parametrize("where", ["question", "task template", "system prompt"])
 @pytest.mark.parametrize("text", HOSTILE)
 def test_special_tokens_in_text_forge_nothing(
-    text: str, sizes: tuple[tuple[int, int], ...], checkpoint: Path, tokenizer: Any
+    text: str, where: str, sizes: tuple[tuple[int, int], ...], checkpoint: Path, tokenizer: Any
 ) -> None:
-    make = builder(checkpoint, tokenizer)
-    hostile, harmless = (make.build(0, sample(question, *sizes)) for question in (text, "x"))
-    assert isinstance(hostile, Prompt) and isinstance(harmless, Prompt)
+    def built(text: str) -> Prompt:
+        question, system = (text if where == name else "x" for name in ("question", "system prompt"))
+        template = (lambda q: f"{text}{q}{text}") if where == "task template" else str
+        prompt = builder(checkpoint, tokenizer, template=template, system_prompt=system).build(
+            0, sample(question, *sizes)
+        )
+        assert isinstance(prompt, Prompt)
+        return prompt
+
+    hostile, harmless = built(text), built("x")
     special = np.array(tokenizer.convert_tokens_to_ids(list(SPECIAL)))
     for token in special:
         assert (hostile.token_ids == token).sum() == (harmless.token_ids == token).sum()
-    assert text in tokenizer.decode(hostile.token_ids, skip_special_tokens=False)
+    shown = tokenizer.decode(hostile.token_ids, skip_special_tokens=False)
+    assert shown.count(text) >= (2 if where == "task template" else 1)
     patches = sum(len(image.patches) for image in hostile.images)
     assert 4 * (hostile.token_ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")).sum() == patches
 
 
-def test_template_and_system_prompt(checkpoint: Path, tokenizer: Any) -> None:
-    make = builder(checkpoint, tokenizer, template=lambda q: f"{q} Think.", system_prompt="Be brief.")
-    prompt = make.build(0, sample("Why?", (60, 60)))
-    assert isinstance(prompt, Prompt)
-    assert prompt.token_ids.tolist() == expected(tokenizer, prompt, "Why? Think.", "Be brief.")
-    assert prompt.question == "Why?"
+def test_image_tokens_are_the_rows_that_the_model_makes(checkpoint: Path, tokenizer: Any) -> None:
+    config = Qwen2_5_VLConfig.from_pretrained(checkpoint)
+    with torch.device("meta"):
+        tower = Qwen2_5_VLModel(config).visual
+    image_token, merge = config.image_token_id, tower.spatial_merge_size
+    make = builder(checkpoint, tokenizer)
+    for sizes in (*SIZES[1:], ((1, 1),), ((1, 200), (200, 1)), ((28, 28), (29, 27), (1000, 90))):
+        prompt = make.build(0, sample(f"<|image_pad|>{sizes}", *sizes))
+        assert isinstance(prompt, Prompt)
+        rows = sum(height * width // merge**2 for _, height, width in (image.grid_thw for image in prompt.images))
+        assert (prompt.token_ids == image_token).sum() == rows == sum(len(i.patches) for i in prompt.images) // 4
+
+
+def test_a_prompt_with_another_number_of_image_tokens_is_never_built(
+    checkpoint: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = builder(checkpoint, tokenizer)
+    monkeypatch.setattr(make, "_token_ids", lambda text, images: np.zeros(9, np.int64))
+    with pytest.raises(AssertionError, match="k: 16 features"):
+        make.build(0, sample("q", (112, 112)))
 
 
 def test_what_cannot_be_built_is_damage(checkpoint: Path, tokenizer: Any) -> None:
@@ -130,7 +162,8 @@ def test_what_cannot_be_built_is_damage(checkpoint: Path, tokenizer: Any) -> Non
     fits = builder(checkpoint, tokenizer, max_prompt_tokens=length).build(0, sample("Why?", (112, 112)))
     assert isinstance(fits, Prompt)
     long = builder(checkpoint, tokenizer, max_prompt_tokens=length - 1).build(0, sample("Why?", (112, 112)))
-    assert long == Damage("", "k", f"prompt of {length} tokens is longer than data.max_prompt_tokens={length - 1}")
+    reason = f"prompt of {length} tokens is longer than data.max_prompt_tokens={length - 1}"
+    assert long == Damage("", "k", reason, too_long=True)
     make = builder(checkpoint, tokenizer)
     data = compressed(picture(64, 64))
     for broken in (
@@ -139,7 +172,8 @@ def test_what_cannot_be_built_is_damage(checkpoint: Path, tokenizer: Any) -> Non
         sample("q", (1, 300)),
         Sample("k", "\ud800", "t"),
     ):
-        assert isinstance(make.build(0, broken), Damage)
+        damage = make.build(0, broken)
+        assert isinstance(damage, Damage) and not damage.too_long
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -157,6 +191,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint: Path, tokenizer: 
         other.chat_template = template
         with pytest.raises(ValueError, match=message):
             PromptBuilder(other, processor, str, None, 10, spec).build(0, sample("q", (60, 60)))
+    other.chat_template = "{% for part in messages[-1].content %}{{ part.text }}{% endfor %}"
+    with pytest.raises(ValueError, match="renders data.system_prompt 0 times, not once"):
+        PromptBuilder(other, processor, str, "Be brief.", 10, spec).build(0, sample("q"))
     for name, content, message in (
         ("config.json", "{}", "image_token_id.*missing: not a Qwen2.5-VL"),
         ("config.json", "[", "config.json: not JSON"),
