@@ -140,12 +140,12 @@ def test_resume_on_any_ranks_equals_the_uninterrupted_run(shards: ShardSet) -> N
 def test_positions_foresee_next_without_reading(shards: ShardSet) -> None:
     stream = Stream(ShardSet.open(shards.directory), 1, 8, 16, dp_rank=3, dp_size=4, consumed=20)
     foreseen = stream.positions(16)
-    assert foreseen == [23, 27, 31, 35] and stream.consumed == 20 and not stream.shards.shards_read
+    assert foreseen == [23, 27, 31, 35] and stream.consumed == 20 and not stream.mixture.shards_read
     places = [stream.locate(position) for position in foreseen]
     items = stream.next(16)
     assert [position for position, _ in items] == foreseen and stream.consumed == 36
     assert [item.key for _, item in items] == [key for _, key in places]
-    assert stream.shards.shards_read == {shard for shard, _ in places}
+    assert stream.mixture.shards_read == {shard for shard, _ in places}
 
 
 def test_damage_keeps_its_position(shards: ShardSet, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_million_samples_over_64_ranks(tmp_path: Path) -> None:
         streams[5].locate(position)
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.05
-    mapping = streams[0].order
+    mapping = streams[0].orders[0]
     seen = np.array([mapping.sample(position) for position in range(25_600)])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -190,7 +190,7 @@ def test_a_million_samples_over_64_ranks(tmp_path: Path) -> None:
     assert len(np.unique(seen)) == len(seen)
     covered = np.zeros(n, np.int64)
     for rank, stream in enumerate(streams):
-        begin, end = stream.order.lane(0, rank)
+        begin, end = stream.orders[0].lane(0, rank)
         assert stream.positions(640) == list(range(rank, 640, 64))
         assert ((seen[rank::64] >= begin) & (seen[rank::64] < end)).all()
         covered[begin:end] += 1
