@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_vlmr1.config import DataConfig
 from megatron_vlmr1.data.index import MANIFEST, ShardIndex, index_path, parse_index, parse_manifest
 from megatron_vlmr1.data.remote import Tick, check_url, fetch
 
@@ -141,7 +142,7 @@ class Cache:
 
     def _make_room(self, size: int) -> bool:
         files = [path for pattern in ("*/*.tar", "*/*.part") for path in self.directory.glob(pattern)]
-        found = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in files if path.exists())
+        found = sorted(age_and_size for path in files if (age_and_size := _age_and_size(path)) is not None)
         used = sum(length for _, length, _ in found)
         for _, length, path in found:
             if used + size <= self.limit_bytes:
@@ -181,6 +182,13 @@ class Cache:
             os.close(fd)
 
 
+def open_cache(cfg: DataConfig, tick: Tick = lambda: None) -> Cache | None:
+    """Return the cache that the settings describe, None where they name no folder."""
+    if cfg.cache_dir is None:
+        return None
+    return Cache(Path(cfg.cache_dir).absolute(), cfg.cache_bytes, cfg.fetch_timeout_s, tick)
+
+
 def _opened(path: Path) -> int | None:
     """Open a file under a shared lock and mark it as used just now; None where there is none."""
     try:
@@ -193,6 +201,14 @@ def _opened(path: Path) -> int | None:
     except OSError as error:  # a file of another user: its age then says less
         logger.debug("%s: %s", path, error)
     return fd
+
+
+def _age_and_size(path: Path) -> tuple[int, int, Path] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:  # a part that is complete by now, or given up
+        return None
+    return status.st_mtime_ns, status.st_size, path
 
 
 def _removed(path: Path) -> bool:

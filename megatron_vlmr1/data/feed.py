@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
-from megatron_vlmr1.data.prompts import PromptBuilder
+from megatron_vlmr1.data.readers import Reader
 from megatron_vlmr1.data.stream import Stream
 from megatron_vlmr1.parallel import reduce
 from megatron_vlmr1.parallel.mesh import Mesh
@@ -20,9 +19,9 @@ class Feed:
     The ranks that hold one copy of the model read for themselves; what one of them cannot read, none of them uses.
     """
 
-    def __init__(self, stream: Stream, builder: PromptBuilder, mesh: Mesh, ledger: Path | None) -> None:
+    def __init__(self, stream: Stream, reader: Reader, mesh: Mesh, ledger: Path | None) -> None:
         """`ledger` receives one JSON line for each loss; None where another rank writes it."""
-        self._stream, self._builder, self._mesh, self._ledger = stream, builder, mesh, ledger
+        self._stream, self._reader, self._mesh, self._ledger = stream, reader, mesh, ledger
         self.skipped = 0
 
     @property
@@ -31,31 +30,30 @@ class Feed:
         return self._stream.consumed
 
     def next(self, n_global: int) -> list[tuple[Prompt, Sample]]:
-        """Return this rank's part of the next `n_global` positions, with the samples they were made of."""
-        built = [(position, *self._build(position, item)) for position, item in self._stream.next(n_global)]
+        """Return this rank's part of the next `n_global` positions, with the samples they were made of.
+
+        The samples are without their images.
+        """
+        positions = self._stream.take(n_global)
+        items = self._reader.read(positions)
         out: list[tuple[Prompt, Sample]] = []
-        lost = reduce.lost_anywhere([isinstance(prompt, Damage) for _, prompt, _ in built], self._mesh)
-        for (position, prompt, item), gone in zip(built, lost, strict=True):
-            if isinstance(prompt, Damage):
-                self._lost(position, prompt)
+        lost = reduce.lost_anywhere([isinstance(item, Damage) for item in items], self._mesh)
+        for position, item, gone in zip(positions, items, lost, strict=True):
+            if isinstance(item, Damage):
+                self._lost(position, item.reason)
             elif gone:
-                self._lost(position, Damage("", "", "another rank of this copy of the model could not read it"))
-            elif isinstance(item, Sample):
-                out.append((prompt, item))
+                self._lost(position, "another rank of this copy of the model could not read it")
+            else:
+                out.append(item)
         return out
 
-    def _build(self, position: int, item: Sample | Damage) -> tuple[Prompt | Damage, Sample | Damage]:
-        return (item if isinstance(item, Damage) else self._builder.build(position, item)), item
-
-    def _lost(self, position: int, damage: Damage) -> None:
+    def _lost(self, position: int, reason: str) -> None:
         self.skipped += 1
         shard, key = self._stream.locate(position)
-        damage = replace(damage, shard=damage.shard or shard, key=damage.key or key)
         if self._ledger is not None:
             self._ledger.parent.mkdir(parents=True, exist_ok=True)
             with self._ledger.open("ab") as out:
-                row = {"position": position, "shard": damage.shard, "key": damage.key, "reason": damage.reason}
-                out.write(json_line(row))
+                out.write(json_line({"position": position, "shard": shard, "key": key, "reason": reason}))
 
 
 def truncate_ledger(directory: Path, consumed: int) -> None:

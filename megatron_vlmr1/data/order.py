@@ -52,7 +52,9 @@ def turns(weights: Sequence[float]) -> tuple[int, ...]:
         for i in largest_rest[: MAX_TURNS - sum(counts)]:
             counts[i] += 1
     if 0 in counts:
-        raise ValueError(f"data.train: weight {weights[counts.index(0)]:g} is less than one part in {MAX_TURNS} of all weights")
+        raise ValueError(
+            f"data.train: weight {weights[counts.index(0)]:g} is less than one part in {MAX_TURNS} of all weights"
+        )
     return tuple(counts)
 
 

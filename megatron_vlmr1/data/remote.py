@@ -12,6 +12,7 @@ import select
 import subprocess
 import time
 from collections.abc import Callable
+from typing import Any
 
 SCHEMES = ("http", "https", "s3", "gs", "hf", "ais")
 _PLAIN = re.compile(r"(?P<scheme>[a-z][a-z0-9]*)://[\w.~@:%+,=/-]+", re.ASCII)
@@ -67,7 +68,7 @@ def fetch(url: str, write: Callable[[bytes], object], limit: int, timeout_s: flo
     try:
         received = _pump(process.stdout.fileno(), write, limit, timeout_s, tick)
         if received < limit and (code := process.wait(timeout_s)) != 0:
-            raise OSError(code, f"{_CURL.get(code, f'its opener ended with {code}')} after {received} bytes")
+            raise OSError(0, f"{_CURL.get(code, f'its opener ended with {code}')} after {received} bytes")
         return received
     except subprocess.TimeoutExpired as error:
         raise TimeoutError(0, f"its opener did not end within {timeout_s:g} s") from error
@@ -99,8 +100,8 @@ def _pump(fd: int, write: Callable[[bytes], object], limit: int, timeout_s: floa
     return received
 
 
-def _openers() -> dict[str, Callable[..., object]]:
-    from importlib import import_module
+def _openers() -> dict[str, Callable[..., Any]]:
+    from webdataset.gopen import gopen_schemes  # takes a second to import
 
-    found: dict[str, Callable[..., object]] = import_module("webdataset.gopen").gopen_schemes
+    found: dict[str, Callable[..., Any]] = gopen_schemes
     return found

@@ -29,7 +29,14 @@ class Stream:
     """
 
     def __init__(
-        self, shards: ShardSet | Mixture, seed: int, lanes: int, window: int, dp_rank: int, dp_size: int, consumed: int = 0
+        self,
+        shards: ShardSet | Mixture,
+        seed: int,
+        lanes: int,
+        window: int,
+        dp_rank: int,
+        dp_size: int,
+        consumed: int = 0,
     ) -> None:
         assert 0 <= dp_rank < dp_size and consumed >= 0
         if lanes % dp_size:
