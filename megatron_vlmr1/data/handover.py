@@ -101,9 +101,7 @@ def memory(parts: Sequence[bytes | npt.NDArray[Any]]) -> int:
 
 
 def _view(part: bytes | npt.NDArray[Any]) -> memoryview:
-    if isinstance(part, bytes):
-        return memoryview(part)
-    return memoryview(part).cast("B") if part.size else memoryview(b"")  # an empty array has no view as bytes
+    return memoryview(part) if isinstance(part, bytes) else part.reshape(-1).view(np.uint8).data
 
 
 def write_item(item: Item) -> int:

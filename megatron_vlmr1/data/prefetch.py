@@ -29,6 +29,7 @@ from megatron_vlmr1.types import Damage
 logger = logging.getLogger(__name__)
 
 _MAX_DEATHS = 3
+_START_S = 120.0  # a slow file system may take its time to bring Python and the tokenizer
 _STOP_S = 2.0
 
 
@@ -105,7 +106,8 @@ class Prefetcher:
             self._take_all(min(1.0, self._bounds.timeout_s / 4))
             for worker in list(self._workers):
                 silent = time.monotonic() - max(worker.heard, started)
-                if position in worker.jobs and silent > self._bounds.timeout_s:
+                limit = self._bounds.timeout_s if worker.started else max(_START_S, self._bounds.timeout_s)
+                if position in worker.jobs and silent > limit:
                     logger.warning("data worker %d says nothing for %.0f s; killed", worker.process.pid, silent)
                     self._replace(worker)
         done = self._done.pop(position)
