@@ -41,7 +41,9 @@ class Cache:
     """
 
     def __init__(self, directory: Path, limit_bytes: int, timeout_s: float, tick: Tick = lambda: None) -> None:
-        self.directory, self.limit_bytes, self.timeout_s, self._tick = directory, limit_bytes, timeout_s, tick
+        # A folder of its own: what makes room must be ours, also where the user names a folder with other shards.
+        self.directory = directory / "vlmr1-shards"
+        self.limit_bytes, self.timeout_s, self._tick = limit_bytes, timeout_s, tick
         self._failed: dict[Path, tuple[float, str]] = {}
 
     def indexes(self, place: str) -> list[ShardIndex]:
