@@ -8,25 +8,28 @@ from pydantic import Discriminator, Field, Tag
 
 from megatron_vlmr1.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
+ONE_SET, MIXTURE = "(one set)", "(mixture)"
+"""Forms of `data.train`; pydantic puts them among the keys of an error."""
+
 
 class SourceConfig(Section):
     """One set of shards of a mixture."""
 
     path: str
     """Directory or URL of indexed WebDataset shards."""
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Share of the samples that are drawn from this set, next to the weights of the others."""
 
 
 def _source_kind(value: Any) -> str:
-    return "mixture" if isinstance(value, list | tuple) else "path"
+    return MIXTURE if isinstance(value, list | tuple) else ONE_SET
 
 
 class DataConfig(Section):
     """Where samples come from and how they become prompts."""
 
     train: Annotated[
-        Annotated[str, Tag("path")] | Annotated[list[SourceConfig], Field(min_length=1), Tag("mixture")],
+        Annotated[str, Tag(ONE_SET)] | Annotated[list[SourceConfig], Field(min_length=1), Tag(MIXTURE)],
         Discriminator(_source_kind),
     ]
     """Directory or URL of indexed WebDataset shards; or a list of {path, weight}, drawn from in that proportion, each

@@ -12,12 +12,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
-from megatron_vlmr1.config.data import SourceConfig
+from megatron_vlmr1.config.data import MIXTURE, ONE_SET, SourceConfig
 from megatron_vlmr1.config.section import Section
 from megatron_vlmr1.config.settings import Config, ParallelConfig
 
 _S = TypeVar("_S", bound=Section)
-_TAGS = ("path", "mixture")  # of `data.train`, which pydantic puts among the names of keys
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -99,7 +98,7 @@ def dump(config: Config) -> str:
 
 
 def _explain(root: type[Section], loc: tuple[int | str, ...], kind: str, message: str) -> str:
-    loc = tuple(part for part in loc if part not in _TAGS)
+    loc = tuple(part for part in loc if part not in (ONE_SET, MIXTURE))
     key = ".".join(str(part) for part in loc)
     if kind != "extra_forbidden":
         message = message.removeprefix("Value error, ")
