@@ -1,4 +1,4 @@
-"""The data stream: a worker beside a bare loop, our image processor beside transformers', start and seek in a large set.
+"""The data stream: a worker beside a bare loop, our image processor beside transformers', start and seek at scale.
 
 Cases: `worker`, prompts a second through stream, one worker process and shared memory, against a loop over our own
 decode and preprocess function on the same JPEGs; `processor`, that function against transformers' PIL image processor,
@@ -42,6 +42,7 @@ CASES = ("worker", "processor", "startup", "seek")
 SIZE = (640, 480)
 PICTURES = 60
 AHEAD = 8
+SHARD_BYTES = 4_000_000
 MAX_PIXELS = 28 * 28 * 1280
 SAMPLES, SHARDS = 1_000_000, 500
 ASKED_START_S, ASKED_SEEK_S, ASKED_BYTES = 2.0, 0.05, 300e6
@@ -204,7 +205,7 @@ def pictures(folder: Path, count: int) -> Path:
         turns = [{"from": "human", "value": f"question {i}"}, {"from": "gpt", "value": "[1, 2, 3, 4]"}]
         rows.append(json.dumps({"image": f"{i}.jpg", "conversations": turns}) + "\n")
     (folder / "rows.jsonl").write_text("".join(rows))
-    build([folder / "rows.jsonl"], [folder], folder / "shards")
+    build([folder / "rows.jsonl"], [folder], folder / "shards", SHARD_BYTES)
     return folder / "shards"
 
 
