@@ -161,12 +161,15 @@ class ImageProcessor:
 
     def _cut(self, pixels: np.ndarray[Any, np.dtype[np.uint8]], grid_h: int, grid_w: int) -> FloatArray:
         merge, patch, frames = self.merge_size, self.patch_size, self.temporal_patch_size
+        out = np.empty((grid_h // merge, grid_w * merge, 3, frames, patch * patch), np.float32)
         blocks = pixels.reshape(grid_h // merge, merge, patch, grid_w // merge, merge, patch, 3)
-        # [channel, rows of blocks, columns of blocks, merge_h, merge_w, patch_h, patch_w]
-        planes = np.ascontiguousarray(blocks.transpose(6, 0, 3, 1, 4, 2, 5)).reshape(3, grid_h * grid_w, patch * patch)
-        out = np.empty((grid_h * grid_w, 3, frames, patch * patch), np.float32)
-        for channel, values in enumerate(self.table()):
-            out[:, channel] = values.take(planes[channel], mode="clip")[:, None]  # clip: a byte is never out of range
+        # [rows of blocks, channel, columns of blocks, merge_h, merge_w, patch_h, patch_w], a row at a time: what is in
+        # between then stays in the processor's cache.
+        table = self.table()
+        for row, made in zip(blocks.transpose(0, 6, 3, 1, 4, 2, 5), out, strict=True):
+            planes = np.ascontiguousarray(row).reshape(3, grid_w * merge, patch * patch)
+            for channel, values in enumerate(table):
+                made[:, channel] = values.take(planes[channel], mode="clip")[:, None]  # clip: no byte is out of range
         return out.reshape(grid_h * grid_w, -1)
 
 
@@ -222,4 +225,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -110,10 +110,9 @@ def in_memory() -> list[str]:
     """Our files in shared memory, named ones and those that some process here holds open without a name."""
     found = [name for name in os.listdir("/dev/shm") if "vlmr1" in name]
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-        folder = f"/proc/{process.pid}/fd"
-        with contextlib.suppress(OSError):
-            links = (os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder))
-            found += [link for link in links if "vlmr1" in link and "memfd" in link]
+        for fd in Path(f"/proc/{process.pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                found += [link] if "memfd:vlmr1" in (link := os.readlink(fd)) else []
     return found
 
 
