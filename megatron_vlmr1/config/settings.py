@@ -1,4 +1,4 @@
-"""Every setting, validated. A default lives here and nowhere else.
+"""Every setting, validated. A default lives here, or in `data` for that section, and nowhere else.
 
 A run is described by one YAML file and dotted overrides (``train.steps=5``). Unknown keys are errors that name
 the nearest known key. String literals below a field document it.
