@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from megatron_vlmr1.types import Damage, ImagePatches, Prompt, Sample
 
-REQUEST, READY, BUSY, DONE, REFUSED = range(5)  # kinds of message
+REQUEST, READY, BEGUN, BUSY, DONE, REFUSED = range(6)  # kinds of message
 _MESSAGE_BYTES = 32 << 10  # larger bodies go into memory
 _WAIT_S = 0.02
 
@@ -36,8 +36,9 @@ def send(channel: socket.socket, kind: int, position: int = 0, body: bytes = b""
         OSError: the other side is gone.
     """
     if len(body) > _MESSAGE_BYTES:
-        assert fd is None
-        fd, body = memory([body]), b""
+        if fd is not None:
+            os.ftruncate(fd, 0)  # the length of a body is that of its file
+        fd, body = memory([body], fd), b""
     message = msgpack.packb((kind, position, body))
     try:
         if fd is None:
@@ -86,14 +87,20 @@ def body_of(body: bytes, fd: int | None) -> bytes:
         os.close(fd)
 
 
-def memory(parts: Sequence[bytes | npt.NDArray[Any]]) -> int:
-    """Return the descriptor of an anonymous file in memory with these parts, one after the other."""
-    fd = os.memfd_create("vlmr1-data", os.MFD_CLOEXEC)
+def memory(parts: Sequence[bytes | npt.NDArray[Any]], spare: int | None = None) -> int:
+    """Return the descriptor of an anonymous file in memory with these parts, one after the other.
+
+    `spare` is such a file that nobody needs any more, to be written over: its pages are there already. It may stay
+    longer than what is in it.
+    """
+    fd = os.memfd_create("vlmr1-data", os.MFD_CLOEXEC) if spare is None else spare
     try:
+        at = 0
         for part in parts:
             view = _view(part)
             while view:
-                view = view[os.write(fd, view) :]
+                count = os.pwrite(fd, view, at)
+                view, at = view[count:], at + count
     except BaseException:
         os.close(fd)
         raise
@@ -104,10 +111,10 @@ def _view(part: bytes | npt.NDArray[Any]) -> memoryview:
     return memoryview(part) if isinstance(part, bytes) else part.reshape(-1).view(np.uint8).data
 
 
-def write_item(item: Item) -> int:
+def write_item(item: Item, spare: int | None = None) -> int:
     """Put a prompt with its sample, or the damage in their place, into memory; the sample's images stay behind."""
     if isinstance(item, Damage):
-        return memory(_with_head({"damage": [item.shard, item.key, item.reason]}))
+        return memory(_with_head({"damage": [item.shard, item.key, item.reason]}), spare)
     prompt, sample = item
     arrays: list[npt.NDArray[Any]] = [prompt.token_ids, prompt.mrope_positions, *(i.patches for i in prompt.images)]
     head = {
@@ -116,7 +123,7 @@ def write_item(item: Item) -> int:
         "prompt": [prompt.position, prompt.key, prompt.question, prompt.truth, prompt.accuracy],
         "sample": [sample.key, sample.question, sample.solution, dict(sample.extra)],
     }
-    return memory([*_with_head(head), *map(np.ascontiguousarray, arrays)])
+    return memory([*_with_head(head), *map(np.ascontiguousarray, arrays)], spare)
 
 
 def _with_head(head: dict[str, Any]) -> list[bytes]:
@@ -125,22 +132,19 @@ def _with_head(head: dict[str, Any]) -> list[bytes]:
 
 
 def read_item(fd: int) -> Item:
-    """Take out what `write_item` put in; the descriptor is closed.
+    """Return what `write_item` put in.
 
     Raises:
         ValueError: the memory is shorter than it says.
     """
-    try:
-        size = int.from_bytes(os.pread(fd, 8, 0), "little")
-        head = json.loads(os.pread(fd, size, 8))
-        if "damage" in head:
-            return Damage(*head["damage"])
-        at, arrays = 8 + size, []
-        for number, shape in enumerate(head["shapes"]):
-            arrays.append(_array(fd, shape, np.dtype(np.int64 if number < 2 else np.float32), at))
-            at += arrays[-1].nbytes
-    finally:
-        os.close(fd)
+    size = int.from_bytes(os.pread(fd, 8, 0), "little")
+    head = json.loads(os.pread(fd, size, 8))
+    if "damage" in head:
+        return Damage(*head["damage"])
+    at, arrays = 8 + size, []
+    for number, shape in enumerate(head["shapes"]):
+        arrays.append(_array(fd, shape, np.dtype(np.int64 if number < 2 else np.float32), at))
+        at += arrays[-1].nbytes
     token_ids, mrope_positions, *patches = arrays
     images = tuple(
         ImagePatches(array, (grid[0], grid[1], grid[2]), (size[0], size[1]), bytes.fromhex(digest))

@@ -50,6 +50,7 @@ class _Worker:
     channel: socket.socket
     jobs: deque[int] = field(default_factory=deque)  # positions it was asked for, in that order
     started: bool = False
+    begun: int | None = None  # the position it works on; the one before may still be on its way here
     heard: float = field(default_factory=time.monotonic)
 
 
@@ -68,6 +69,7 @@ class Prefetcher:
         self._next = stream.positions(stream.dp_size)[0]  # the first position that was not asked for
         self._done: dict[int, int | Damage] = {}  # position -> descriptor of the memory that holds its prompt
         self._done_bytes = 0
+        self._spare: int | None = None  # memory that was read, to go along with the next request
         self._deaths: Counter[int] = Counter()
         self._failed_starts = 0
         self._workers = [self._start() for _ in range(bounds.workers)]
@@ -109,14 +111,23 @@ class Prefetcher:
                 limit = self._bounds.timeout_s if worker.started else max(_START_S, self._bounds.timeout_s)
                 if position in worker.jobs and silent > limit:
                     logger.warning("data worker %d says nothing for %.0f s; killed", worker.process.pid, silent)
+                    worker.process.kill()
                     self._replace(worker)
         done = self._done.pop(position)
         if isinstance(done, Damage):
             return done
         self._done_bytes -= os.fstat(done).st_size
-        item = handover.read_item(done)
-        self._ask()
-        return item
+        try:
+            return handover.read_item(done)
+        finally:
+            self._spare = done
+            self._ask()
+            self._drop_spare()
+
+    def _drop_spare(self) -> None:
+        if self._spare is not None:
+            os.close(self._spare)
+            self._spare = None
 
     def _ask(self) -> None:
         """Ask for further positions as far as the bounds allow, of whoever has least to do."""
@@ -134,8 +145,9 @@ class Prefetcher:
     def _request(self, worker: _Worker, position: int) -> bool:
         """Ask for one position; return whether the request went out, or is kept for the next of that worker."""
         body = msgpack.packb(self._stream.reference(position), unicode_errors="surrogateescape")
+        spare, self._spare = self._spare, None
         try:
-            handover.send(worker.channel, handover.REQUEST, position, body)
+            handover.send(worker.channel, handover.REQUEST, position, body, spare)
         except BlockingIOError:
             return False
         except OSError:  # it is gone, which its end of the channel will say; what it was asked for is asked again
@@ -163,6 +175,8 @@ class Prefetcher:
         worker.heard = time.monotonic()
         if kind == handover.READY:
             worker.started, self._failed_starts = True, 0
+        elif kind == handover.BEGUN:
+            worker.begun = position
         elif kind == handover.REFUSED:
             raise ValueError(handover.body_of(body, fd).decode())
         elif kind == handover.DONE:
@@ -174,15 +188,14 @@ class Prefetcher:
     def _replace(self, worker: _Worker) -> None:
         """Start another worker in place of one that is gone or hangs, and ask it for what that one owes."""
         worker.channel.close()
-        worker.process.kill()
-        code = worker.process.wait()
+        code = _end(worker.process)
         logger.warning("data worker %d ended with %d; starting another", worker.process.pid, code)
-        if worker.started and worker.jobs:
-            first = worker.jobs[0]
-            self._deaths[first] += 1
-            if self._deaths[first] >= _MAX_DEATHS:
-                worker.jobs.popleft()
-                self._done[first] = Damage("", "", f"{_MAX_DEATHS} data workers died on it")
+        begun = worker.begun
+        if begun is not None and begun in worker.jobs:
+            self._deaths[begun] += 1
+            if self._deaths[begun] >= _MAX_DEATHS:
+                worker.jobs.remove(begun)
+                self._done[begun] = Damage("", "", f"{_MAX_DEATHS} data workers died on it")
         elif not worker.started:
             self._failed_starts += 1
             if self._failed_starts >= _MAX_DEATHS:
@@ -208,9 +221,10 @@ class Prefetcher:
         return _Worker(process, mine)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a process whose channel is closed, kill it if it does not end, and return its exit code."""
     try:
-        process.wait(_STOP_S)
+        return process.wait(_STOP_S)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.wait()
+        return process.wait()

@@ -7,6 +7,8 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import msgpack  # type: ignore[import-untyped]
 
@@ -47,14 +49,29 @@ def serve(set_up: Setup) -> None:
             return
         builder, remote = set_up(handover.body_of(*message[2:]), tick)
         handover.send(channel, handover.READY)
-        while (message := handover.receive(channel)) is not None:
-            _, position, body, fd = message
-            place, shard, digest, key, members = msgpack.unpackb(
-                handover.body_of(body, fd), use_list=False, unicode_errors="surrogateescape"
-            )
-            item = build(builder, position, reading.read(Reference(place, shard, digest, key, members), remote))
-            handover.send(channel, handover.DONE, position, fd=handover.write_item(item))
+        _work(channel, builder, remote)
     except ValueError as error:
-        handover.send(channel, handover.REFUSED, 0, str(error).encode(errors="replace"))
+        with suppress(OSError):  # the rank has left already
+            handover.send(channel, handover.REFUSED, 0, str(error).encode(errors="replace"))
     except (BrokenPipeError, ConnectionResetError):
         return
+
+
+def _work(channel: socket.socket, builder: PromptBuilder, remote: Opens | None) -> None:
+    """Build what is asked for, one after the other; a thread hands each over while the next one is in the making."""
+    sending: Future[None] | None = None
+    with ThreadPoolExecutor(1) as sender:
+        while (message := handover.receive(channel)) is not None:
+            _, position, body, fd = message
+            handover.send(channel, handover.BEGUN, position)
+            if not body:  # too large for a message
+                body, fd = handover.body_of(body, fd), None
+            place, shard, digest, key, members = msgpack.unpackb(body, use_list=False, unicode_errors="surrogateescape")
+            item = build(builder, position, reading.read(Reference(place, shard, digest, key, members), remote))
+            if sending is not None:
+                sending.result()
+            sending = sender.submit(_hand_over, channel, position, item, fd)
+
+
+def _hand_over(channel: socket.socket, position: int, item: handover.Item, spare: int | None) -> None:
+    handover.send(channel, handover.DONE, position, fd=handover.write_item(item, spare))

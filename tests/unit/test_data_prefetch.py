@@ -284,13 +284,25 @@ def test_short_memory_is_an_error(builder):
     os.ftruncate(fd, os.fstat(fd).st_size - 1)
     with pytest.raises(ValueError, match="shorter than it says"):
         handover.read_item(fd)
+    os.close(fd)
+
+
+def test_memory_is_written_over(builder):
+    fd = handover.memory([bytes(10_000_000)])
+    for size in (200, 60, 120):
+        sample = Sample("k", "q" * size, "t", (compressed(picture(size, size)),))
+        item = builder.build(7, sample), Sample("k", "q", "t")
+        assert handover.write_item(item, fd) == fd and same(handover.read_item(fd), item)
+    lost = Damage("s", "k", "r")
+    assert handover.read_item(handover.write_item(lost, fd)) == lost
+    os.close(fd)
 
 
 def test_large_bodies_travel_in_memory():
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with left, right:
-        for size in (0, 10, 10_000_000):
-            handover.send(left, handover.REQUEST, 2**60, bytes(size))
+        for size, spare in ((0, None), (10, None), (10_000_000, None), (50_000, handover.memory([bytes(60_000)]))):
+            handover.send(left, handover.REQUEST, 2**60, bytes(size), spare)
             kind, position, body, fd = handover.receive(right)
             assert (kind, position) == (handover.REQUEST, 2**60) and (fd is None) == (size < 1000)
             assert handover.body_of(body, fd) == bytes(size)
