@@ -67,13 +67,15 @@ def _folder(cfg: Config) -> Path:
 
 def _be_a_rank(cfg: Config, label: str) -> int:
     from megatron_vlmr1.checkpoint.locate import hf_directory
+    from megatron_vlmr1.data.cache import open_cache
     from megatron_vlmr1.data.index import ShardSet
     from megatron_vlmr1.evaluate import split
     from megatron_vlmr1.parallel.job import joined
     from megatron_vlmr1.rewards.judges import judges
     from megatron_vlmr1.rollout.actor import Actor
 
-    splits = {name: ShardSet.open(path) for name, path in cfg.data.evaluate.items()}
+    remote = open_cache(cfg.data)
+    splits = {name: ShardSet.open(path, remote) for name, path in cfg.data.evaluate.items()}
     with joined(cfg.parallel, cfg.seed) as mesh:
         log_dir = log_directory(cfg.run_dir)
         actor = Actor(hf_directory(cfg.model.path, check=mesh.rank == 0), cfg, mesh)

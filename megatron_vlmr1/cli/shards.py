@@ -28,7 +28,8 @@ def add_parser(subparsers: Any) -> None:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     shards_build.add_parser(commands)
     _add_readers(commands)
-    _add_scenes(commands)
+    sets.add_scenes(commands)
+    sets.add_easy_vqa(commands)
 
 
 def _add_readers(commands: Any) -> None:
@@ -59,8 +60,6 @@ def _add_readers(commands: Any) -> None:
         command.add_argument("directory", metavar="DIR", help="directory of shards")
         command.add_argument("--json", action="store_true", help="print one JSON document")
         command.set_defaults(run=what)
-    sets.add_scenes(commands)
-    sets.add_easy_vqa(commands)
 
 
 def run_index(args: argparse.Namespace) -> int:

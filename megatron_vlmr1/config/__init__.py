@@ -1,9 +1,9 @@
 """Every setting: `settings` holds them with their meanings and defaults, `files` reads and writes them."""
 
+from megatron_vlmr1.config.data import DataConfig, SourceConfig
 from megatron_vlmr1.config.files import dump, load, parse, parse_parallel, parse_saved
 from megatron_vlmr1.config.settings import (
     Config,
-    DataConfig,
     DebugConfig,
     EvaluateConfig,
     GrpoConfig,
@@ -29,6 +29,7 @@ __all__ = [
     "RecomputeConfig",
     "RewardsConfig",
     "RolloutConfig",
+    "SourceConfig",
     "TrainConfig",
     "decoding_layout",
     "dump",

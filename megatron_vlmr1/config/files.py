@@ -12,7 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
-from megatron_vlmr1.config.settings import Config, ParallelConfig, Section
+from megatron_vlmr1.config.data import MIXTURE, ONE_SET, SourceConfig
+from megatron_vlmr1.config.section import Section
+from megatron_vlmr1.config.settings import Config, ParallelConfig
 
 _S = TypeVar("_S", bound=Section)
 
@@ -96,12 +98,13 @@ def dump(config: Config) -> str:
 
 
 def _explain(root: type[Section], loc: tuple[int | str, ...], kind: str, message: str) -> str:
+    loc = tuple(part for part in loc if part not in (ONE_SET, MIXTURE))
     key = ".".join(str(part) for part in loc)
     if kind != "extra_forbidden":
         message = message.removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
     section: Any = root
     for part in loc[:-1]:
-        section = section.model_fields[str(part)].annotation
+        section = SourceConfig if isinstance(part, int) else section.model_fields[part].annotation
     near = difflib.get_close_matches(str(loc[-1]), section.model_fields, n=1, cutoff=0.5)
     return f"unknown key {key}" + (f"; did you mean {'.'.join(str(p) for p in (*loc[:-1], near[0]))}?" if near else "")

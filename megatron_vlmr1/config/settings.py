@@ -1,4 +1,4 @@
-"""Every setting, validated. A default lives here and nowhere else.
+"""Every setting, validated. A default lives here, or in `data` for that section, and nowhere else.
 
 A run is described by one YAML file and dotted overrides (``train.steps=5``). Unknown keys are errors that name
 the nearest known key. String literals below a field document it.
@@ -9,19 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-# All fit into 64 bits with a sign, as torch's and the operating system's integers.
-PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
-NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+from megatron_vlmr1.config.data import DataConfig
+from megatron_vlmr1.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 class ModelConfig(Section):
@@ -33,30 +24,6 @@ class ModelConfig(Section):
     """Weights of the KL reference; the starting weights when empty. Used when grpo.beta > 0."""
     freeze_vision: bool = False
     """Keep the vision tower and its merger fixed."""
-
-
-class DataConfig(Section):
-    """Where samples come from and how they become prompts."""
-
-    train: str
-    """Directory of indexed WebDataset shards."""
-    evaluate: dict[str, str] = {}
-    """Named splits, each a directory of indexed shards."""
-    lanes: PositiveInt = 8
-    """Fixed number of lanes of the data order; the data-parallel size must divide it."""
-    shuffle_window: PositiveInt = 1024
-    """Samples of a lane are permuted within windows of this many."""
-    min_pixels: PositiveInt | None = None
-    """Smallest image area after resizing; the checkpoint's own when empty."""
-    max_pixels: PositiveInt | None = None
-    """Largest image area after resizing; the checkpoint's own when empty."""
-    max_prompt_tokens: PositiveInt = 2048
-    """Image tokens included."""
-    long_prompts: Literal["drop", "error"] = "drop"
-    """What becomes of a longer prompt. drop: it is left out of its batch and written to the ledger; error: the run ends
-    with a line that names it."""
-    system_prompt: str | None = None
-    """System message of the chat; the chat template's own when empty."""
 
 
 class ParallelConfig(Section):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
-from megatron_vlmr1.data.prompts import PromptBuilder
+from megatron_vlmr1.data.readers import Reader
 from megatron_vlmr1.data.stream import Stream
 from megatron_vlmr1.parallel import reduce
 from megatron_vlmr1.parallel.mesh import Mesh
@@ -23,18 +22,18 @@ class Feed:
     """
 
     def __init__(
-        self, stream: Stream, builder: PromptBuilder, mesh: Mesh, ledger: Path | None, refuse_long: bool = False
+        self, stream: Stream, reader: Reader, mesh: Mesh, ledger: Path | None, refuse_long: bool = False
     ) -> None:
         """Take what is needed.
 
         Args:
             stream: this rank's share of the data order.
-            builder: makes the prompts.
+            reader: makes the prompts.
             mesh: the ranks.
             ledger: receives one JSON line for each loss; None where another rank writes it.
             refuse_long: whether a prompt that is too long ends the run.
         """
-        self._stream, self._builder, self._mesh, self._ledger = stream, builder, mesh, ledger
+        self._stream, self._reader, self._mesh, self._ledger = stream, reader, mesh, ledger
         self._refuse_long = refuse_long
         self.skipped = 0
 
@@ -46,38 +45,38 @@ class Feed:
     def next(self, n_global: int) -> list[tuple[Prompt, Sample]]:
         """Return this rank's part of the next `n_global` positions, with the samples they were made of.
 
+        The samples are without their images.
+
         Raises:
             ValueError: a prompt is too long, and that is to end the run; on all ranks of the world.
         """
-        built = [(position, *self._build(position, item)) for position, item in self._stream.next(n_global)]
+        positions = self._stream.take(n_global)
+        items = self._reader.read(positions)
         if self._refuse_long:
-            agree_on_length((" ".join(self._stream.locate(position)), prompt) for position, prompt, _ in built)
+            agree_on_length(
+                (" ".join(self._stream.locate(position)), item) for position, item in zip(positions, items, strict=True)
+            )
         out: list[tuple[Prompt, Sample]] = []
-        lost = reduce.lost_anywhere([isinstance(prompt, Damage) for _, prompt, _ in built], self._mesh)
-        for (position, prompt, item), gone in zip(built, lost, strict=True):
-            if isinstance(prompt, Damage):
-                self._lost(position, prompt)
+        lost = reduce.lost_anywhere([isinstance(item, Damage) for item in items], self._mesh)
+        for position, item, gone in zip(positions, items, lost, strict=True):
+            if isinstance(item, Damage):
+                self._lost(position, item.reason)
             elif gone:
-                self._lost(position, Damage("", "", "another rank of this copy of the model could not read it"))
-            elif isinstance(item, Sample):
-                out.append((prompt, item))
+                self._lost(position, "another rank of this copy of the model could not read it")
+            else:
+                out.append(item)
         return out
 
-    def _build(self, position: int, item: Sample | Damage) -> tuple[Prompt | Damage, Sample | Damage]:
-        return (item if isinstance(item, Damage) else self._builder.build(position, item)), item
-
-    def _lost(self, position: int, damage: Damage) -> None:
+    def _lost(self, position: int, reason: str) -> None:
         self.skipped += 1
         shard, key = self._stream.locate(position)
-        damage = replace(damage, shard=damage.shard or shard, key=damage.key or key)
         if self._ledger is not None:
             self._ledger.parent.mkdir(parents=True, exist_ok=True)
             with self._ledger.open("ab") as out:
-                row = {"position": position, "shard": damage.shard, "key": damage.key, "reason": damage.reason}
-                out.write(json_line(row))
+                out.write(json_line({"position": position, "shard": shard, "key": key, "reason": reason}))
 
 
-def agree_on_length(built: Iterable[tuple[str, Prompt | Damage]]) -> None:
+def agree_on_length(built: Iterable[tuple[str, object]]) -> None:
     """Go on if no rank of the world has a prompt that is too long; all of them call it.
 
     Args:

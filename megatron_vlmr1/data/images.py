@@ -142,6 +142,11 @@ class ImageProcessor:
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of the patches that one image token stands for."""
+        return 4 * 3 * self.temporal_patch_size * (self.patch_size * self.merge_size) ** 2
+
     def table(self) -> FloatArray:
         """Return the normalised value of each byte: [3, 256].
 

@@ -14,15 +14,15 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vlmr1.data import rows
+from megatron_vlmr1.data import reading
+from megatron_vlmr1.data.reading import KINDS, Opens, Reference, is_url
 from megatron_vlmr1.types import Damage, Sample
 
-KINDS = ("json", "jpg", "png", "webp")
 MANIFEST = "shards.json"
 _FORMAT = "vlmr1-shard-index-1"
 _TABLES = (("starts", "<u4"), ("offsets", "<u8"), ("sizes", "<u8"), ("kinds", "u1"), ("key_ends", "<u4"))
@@ -46,6 +46,11 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return len(self.key_ends)
+
+    @property
+    def extent(self) -> int:
+        """Bytes of the tar up to the end of its last member."""
+        return max((o + n for o, n in zip(self.offsets.tolist(), self.sizes.tolist(), strict=True)), default=0)
 
     def key(self, row: int) -> str:
         """Return the key of sample `row`."""
@@ -87,7 +92,21 @@ def read_index(path: Path) -> ShardIndex:
         ValueError: it is missing, damaged or of another format.
     """
     try:
-        header, _, body = path.read_bytes().partition(b"\n")
+        return parse_index(path.read_bytes(), path.with_suffix(".tar").name)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: missing; `vlmr1 shards index` makes it anew") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a valid shard index ({error}); `vlmr1 shards index` makes it anew") from error
+
+
+def parse_index(data: bytes, shard: str) -> ShardIndex:
+    """Check the index file of `shard` and take it apart.
+
+    Raises:
+        ValueError: it is damaged or of another format.
+    """
+    try:
+        header, _, body = data.partition(b"\n")
         head = json.loads(header)
         if head["format"] != _FORMAT:
             raise ValueError("unknown format")
@@ -106,32 +125,56 @@ def read_index(path: Path) -> ShardIndex:
         ordered = (np.diff(tables[name].astype(np.int64)).min(initial=0) >= 0 for name in ("starts", "key_ends"))
         if len(keys) != key_bytes or tables["starts"][-1] != members or not all(ordered):
             raise ValueError("its tables do not match its header")
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: missing; `vlmr1 shards index` makes it anew") from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a valid shard index ({error}); `vlmr1 shards index` makes it anew") from error
-    return ShardIndex(shard=path.with_suffix(".tar").name, sha256=sha256, keys=keys, digest=digest, **tables)
+        if tables["kinds"].max(initial=0) >= len(KINDS):
+            raise ValueError("it names a kind of member that is not known")
+    except (KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    return ShardIndex(shard=shard, sha256=sha256, keys=keys, digest=digest, **tables)
+
+
+class Remote(Opens, Protocol):
+    """What brings indexes and shards from elsewhere."""
+
+    def indexes(self, place: str) -> list[ShardIndex]:
+        """Return the indexes of all shards at `place`, in order of their names.
+
+        Raises:
+            ValueError: the place cannot be read from, or holds no shards with valid indexes.
+        """
 
 
 class ShardSet:
     """Indexed shards of one directory, addressed as one sequence of samples in order of shard names.
 
     Holds about 120 bytes a sample with one image; opens a shard only while it reads from it.
+
+    Attributes:
+        place: the directory or URL.
+        directory: the same as a path; of no use for a URL.
+        remote: what brings the shards of a URL.
     """
 
-    def __init__(self, directory: Path, indexes: Iterable[ShardIndex]) -> None:
-        self.directory = directory
+    def __init__(self, place: str | Path, indexes: Iterable[ShardIndex], remote: Remote | None = None) -> None:
+        self.place, self.directory, self.remote = str(place), Path(place), remote
         self._indexes = tuple(indexes)
         self.firsts = np.cumsum([0, *(len(index) for index in self._indexes)])  # [shards + 1], first sample of each
         self.shards_read: set[str] = set()
 
     @classmethod
-    def open(cls, directory: str | Path) -> ShardSet:
-        """Load the indexes of a directory. Shards that are gone are damage of their samples, not an error.
+    def open(cls, directory: str | Path, remote: Remote | None = None) -> ShardSet:
+        """Load the indexes of a directory or URL. Shards that are gone are damage of their samples, not an error.
+
+        Args:
+            directory: of shards, each with its index.
+            remote: what brings indexes and shards where `directory` is a URL.
 
         Raises:
             ValueError: no such directory, no shard in it, or a shard without a valid index.
         """
+        if is_url(directory):
+            if remote is None:
+                raise ValueError(f"{directory}: a URL is read in training and evaluation only, with data.cache_dir set")
+            return cls(directory, remote.indexes(str(directory)), remote)
         directory = Path(directory)
         if not directory.is_dir():
             raise ValueError(f"{directory}: no such directory of shards; build it with `vlmr1 shards build`")
@@ -159,43 +202,24 @@ class ShardSet:
         index, row = self._row(i)
         return index.shard, index.key(row)
 
-    def read(self, i: int) -> Sample | Damage:
-        """Return sample `i`, or why it is lost; never raises for what lies on the disk."""
+    def reference(self, i: int) -> Reference:
+        """Return where sample `i` lies; its shard counts as read."""
         index, row = self._row(i)
         self.shards_read.add(index.shard)
-        key = index.key(row)
-        try:
-            text, *images = self._members(index, range(int(index.starts[row]), int(index.starts[row + 1])))
-            return _sample(key, text, tuple(images))
-        except FileNotFoundError:
-            return Damage(index.shard, key, "the shard is missing")
-        except OSError as error:
-            return Damage(index.shard, key, f"the shard cannot be read: {error.strerror}")
-        except ValueError as error:
-            return Damage(index.shard, key, str(error))
+        members = tuple(
+            (int(index.offsets[m]), int(index.sizes[m]), int(index.kinds[m]), index.sha256[m].tobytes())
+            for m in range(int(index.starts[row]), int(index.starts[row + 1]))
+        )
+        return Reference(self.place, index.shard, index.digest, index.key(row), members)
+
+    def read(self, i: int) -> Sample | Damage:
+        """Return sample `i`, or why it is lost; never raises for what lies on the disk or comes from a server."""
+        return reading.read(self.reference(i), self.remote)
 
     def _row(self, i: int) -> tuple[ShardIndex, int]:
         assert 0 <= i < len(self), f"sample {i} of {len(self)}"
         shard = int(np.searchsorted(self.firsts, i, "right")) - 1
         return self._indexes[shard], i - int(self.firsts[shard])
-
-    def _members(self, index: ShardIndex, members: range) -> list[bytes]:
-        out = []
-        fd = os.open(self.directory / index.shard, os.O_RDONLY)
-        try:
-            end = os.fstat(fd).st_size
-            for member in members:
-                offset, size = int(index.offsets[member]), int(index.sizes[member])
-                what = f"{KINDS[int(index.kinds[member])]} member at byte {offset}"
-                if offset + size > end:  # before reading: pread would allocate what a hostile index claims
-                    raise ValueError(f"{what} lies beyond the end of the shard")
-                data = os.pread(fd, size, offset)
-                if hashlib.sha256(data).digest() != index.sha256[member].tobytes():
-                    raise ValueError(f"{what} does not match its checksum")
-                out.append(data)
-        finally:
-            os.close(fd)
-        return out
 
 
 def verify(directory: str | Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -217,29 +241,26 @@ def verify(directory: str | Path, progress: Progress | None = None) -> dict[str,
     return {"indexed": len(shards), "delivered": len(shards) - len(damaged), "damaged": damaged}
 
 
-def _sample(key: str, text: bytes, images: tuple[bytes, ...]) -> Sample:
-    """Read a json member: one of ours, or of a shard made elsewhere, which may be any row that `rows` knows."""
-    try:
-        record = json.loads(text)
-        if isinstance(record, dict) and not record.keys() >= {"question", "solution", "extra"}:
-            row = rows.from_object(record)
-            return Sample(key, row.question, row.solution, images, row.extra)
-        question, solution, extra = record["question"], record["solution"], record["extra"]
-    except (KeyError, TypeError, RecursionError, rows.BadRow) as error:
-        raise ValueError(f"the json member is not a sample: {error}") from error
-    if not (isinstance(question, str) and isinstance(solution, str) and isinstance(extra, dict)):
-        raise ValueError("the json member is not a sample: question, solution or extra has a wrong type")
-    return Sample(key, question, solution, images, extra)
-
-
 def _manifest(directory: Path) -> set[str]:
     path = directory / MANIFEST
     if not path.is_file():
         return set()
     try:
-        names = json.loads(path.read_bytes())["shards"]
+        return parse_manifest(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: build the shards again") from error
+
+
+def parse_manifest(data: bytes) -> set[str]:
+    """Return the names of the shards that a manifest lists.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        names = json.loads(data)["shards"]
         if not all(isinstance(name, str) and re.fullmatch(r"[\w-]+\.tar", name) for name in names):
             raise ValueError("shards must be a list of file names")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a manifest of shards ({error}): build the shards again") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"not a manifest of shards ({error})") from error
     return set(names)

@@ -8,11 +8,15 @@ and the cuts between lanes move by less than L samples.
 
 Within a lane the pieces of its shards are permuted, then samples within windows of the resulting sequence. Random
 numbers are raw Philox words keyed by sha256: both are specified, so an upgrade of numpy cannot change a run's order.
+
+A mixture deals positions out to several sets, each of which has an order of its own over the same lanes. What a lane
+gives to a set goes to the same lane of that set, so each lane still reads its own range of every set.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -25,6 +29,71 @@ def permutation(n: int, *key: int) -> IntArray:
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     words = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(n)
     return np.argsort(words, kind="stable")
+
+
+MAX_TURNS = 1000
+"""Longest block of a mixture; finer weights are rounded to parts of it."""
+
+
+def turns(weights: Sequence[float]) -> tuple[int, ...]:
+    """Return how many turns of a block each weight gets: the shortest block that is exact, else one of `MAX_TURNS`.
+
+    Raises:
+        ValueError: a weight is too small next to the others to get any.
+    """
+    shares = [weight / sum(weights) for weight in weights]
+    for block in range(1, MAX_TURNS + 1):
+        counts = [round(share * block) for share in shares]
+        if sum(counts) == block and all(abs(s * block - c) < 1e-9 * block for s, c in zip(shares, counts, strict=True)):
+            break
+    else:
+        counts = [int(share * MAX_TURNS) for share in shares]
+        largest_rest = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i] * MAX_TURNS, i))
+        for i in largest_rest[: MAX_TURNS - sum(counts)]:
+            counts[i] += 1
+    if 0 in counts:
+        raise ValueError(
+            f"data.train: weight {weights[counts.index(0)]:g} is less than one part in {MAX_TURNS} of all weights"
+        )
+    return tuple(counts)
+
+
+class Mixer:
+    """Deals positions out to the sets of a mixture.
+
+    The turns of a lane come in blocks; in each block every set gets exactly its number of turns, in an order shuffled
+    for each block and lane. The k-th turn of lane l that goes to a set is the set's own position ``k * lanes + l``.
+
+    Args:
+        counts: turns of each set in a block.
+        seed: seed of the shuffles.
+        lanes: number of lanes.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int, lanes: int) -> None:
+        assert lanes > 0 and min(counts) > 0
+        self.counts, self.seed, self.lanes, self.block = tuple(counts), seed, lanes, sum(counts)
+        self._members = np.repeat(np.arange(len(counts)), counts)
+        self._block_of = lru_cache(maxsize=2 * lanes)(self._make_block)
+
+    def place(self, position: int) -> tuple[int, int]:
+        """Return (set, position within the set's own order)."""
+        if len(self.counts) == 1:
+            return 0, position
+        turn, lane = divmod(position, self.lanes)
+        block, at = divmod(turn, self.block)
+        members, earlier = self._block_of(block, lane)
+        member = int(members[at])
+        return member, (block * self.counts[member] + int(earlier[at])) * self.lanes + lane
+
+    def _make_block(self, block: int, lane: int) -> tuple[IntArray, IntArray]:
+        """Return the set of each turn, and how many turns of the block that set had before."""
+        # Five words: no key of a lane or window has as many.
+        members = self._members[permutation(self.block, self.seed, 0, block, lane, 0)]
+        earlier = np.empty_like(members)
+        for member, count in enumerate(self.counts):
+            earlier[members == member] = np.arange(count)
+        return members, earlier
 
 
 class Order:

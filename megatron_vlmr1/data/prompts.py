@@ -60,6 +60,11 @@ class PromptBuilder:
         self._specials = _special_tokens(tokenizer, spec)
         self._frames: dict[int, tuple[list[int], str, str, list[int]]] = {}
 
+    @property
+    def largest_bytes(self) -> int:
+        """Bytes of all patches of one prompt, at most."""
+        return self._max_tokens * self._processor.token_bytes
+
     def build(self, position: int, sample: Sample) -> Prompt | Damage:
         """Return the prompt of `sample`, or why there is none (its shard is left empty: a sample knows no shard).
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from megatron_vlmr1.checkpoint.locate import hf_directory
 from megatron_vlmr1.config import Config, decoding_layout
+from megatron_vlmr1.data.cache import open_cache
 from megatron_vlmr1.data.index import ShardSet
+from megatron_vlmr1.data.mixture import Mixture
 from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.rewards import tasks
 
@@ -69,6 +71,9 @@ def check_data(cfg: Config, trains: bool = True) -> None:
     Raises:
         ValueError: one line that names the directory.
     """
-    for path in (*([cfg.data.train] if trains else []), *cfg.data.evaluate.values()):
-        if not len(ShardSet.open(path)):
+    remote = open_cache(cfg.data)
+    for path in cfg.data.evaluate.values():
+        if not len(ShardSet.open(path, remote)):
             raise ValueError(f"{path}: the split is empty")
+    if trains:
+        Mixture.open(cfg.data.sources, remote)

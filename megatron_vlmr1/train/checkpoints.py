@@ -42,6 +42,13 @@ _FREE_KEYS = {
     "train.evaluate_every",
     "train.sample_every",
     "debug.save_rollouts",
+    "data.workers",
+    "data.prefetch",
+    "data.prefetch_bytes",
+    "data.worker_timeout_s",
+    "data.cache_dir",
+    "data.cache_bytes",
+    "data.fetch_timeout_s",
 }
 
 

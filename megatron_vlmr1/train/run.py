@@ -17,8 +17,10 @@ import torch.distributed as dist
 from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint.locate import hf_directory, weights_sha256
 from megatron_vlmr1.config import Config
+from megatron_vlmr1.data.cache import open_cache
 from megatron_vlmr1.data.feed import Feed, truncate_ledger
 from megatron_vlmr1.data.index import ShardSet
+from megatron_vlmr1.data.mixture import Mixture
 from megatron_vlmr1.data.stream import Stream
 from megatron_vlmr1.errors import REQUEUE, RunStopped
 from megatron_vlmr1.evaluate import split
@@ -36,6 +38,7 @@ from megatron_vlmr1.telemetry.files import write_atomic
 from megatron_vlmr1.telemetry.flops import peak_flops, utilisation
 from megatron_vlmr1.telemetry.metrics import MetricsWriter
 from megatron_vlmr1.telemetry.timers import PhaseTimers
+from megatron_vlmr1.train import loader
 from megatron_vlmr1.train.check import check_shares
 from megatron_vlmr1.train.checkpoints import Checkpoints
 
@@ -55,8 +58,9 @@ class Run:
         self.run_dir = Path(cfg.run_dir)
         self._lock(stack)
         self.task = tasks.get(cfg.task)
-        self.shards = ShardSet.open(cfg.data.train)
-        self.splits = {name: ShardSet.open(path) for name, path in cfg.data.evaluate.items()}
+        remote = open_cache(cfg.data)
+        self.shards = Mixture.open(cfg.data.sources, remote)
+        self.splits = {name: ShardSet.open(path, remote) for name, path in cfg.data.evaluate.items()}
         self.checkpoints = Checkpoints(cfg, mesh)
         resumed = self.checkpoints.newest()
         source = hf_directory(cfg.model.path, check=mesh.rank == 0)
@@ -70,12 +74,13 @@ class Run:
         progress = self.checkpoints.restore(self.actor, self.optimizer, resumed) if resumed else {}
         if progress.get("data_sha256", self.shards.digest()) != self.shards.digest():
             raise ValueError(
-                f"{cfg.data.train}: not the data that {self.run_dir} was started with; use another run_dir"
+                f"{', '.join(path for path, _ in cfg.data.sources)}: not the data that {self.run_dir} was started "
+                "with; use another run_dir"
             )
         self.weights_sha256 = self._pinned_weights(source, progress)
         self.step = int(progress.get("step", 0))
         self.updater.bad_steps = int(progress.get("bad_steps", 0))
-        self.feed = self._feed(int(progress.get("consumed_samples", 0)))
+        self.feed = self._feed(int(progress.get("consumed_samples", 0)), stack)
         self.feed.skipped = int(progress.get("skipped", 0))
         asks, timeout_s, serve = self.actor.engine.speaks, cfg.parallel.timeout_s, not self.replays
         family = self.actor.policy.shape.family
@@ -237,7 +242,7 @@ class Run:
             raise ValueError(problem)
         return dict(json.loads(distributed.broadcast_text(json.dumps(pinned))))
 
-    def _feed(self, consumed: int) -> Feed:
+    def _feed(self, consumed: int, stack: ExitStack) -> Feed:
         cfg, mesh = self.cfg, self.mesh
         check_shares(cfg, mesh.dp_size)
         stream = Stream(
@@ -247,7 +252,10 @@ class Run:
         if mesh.rank == 0:
             truncate_ledger(self.run_dir / "ledger", consumed)
         dist.barrier()  # the others append to it
-        return Feed(stream, self.actor.prompt_builder(self.task.render), mesh, ledger, cfg.data.long_prompts == "error")
+        builder = self.actor.prompt_builder(self.task.render)
+        reader = loader.reader(stream, builder, cfg, self.actor.directory)
+        stack.callback(reader.close)
+        return Feed(stream, reader, mesh, ledger, cfg.data.long_prompts == "error")
 
 
 def requeue(run: Run) -> RunStopped:

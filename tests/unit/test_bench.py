@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import write_tiny_checkpoint_files
-from tools.bench import common, convert, grpo_step, logprobs, rewards, rollout, tiny, update
+from tools.bench import common, convert, grpo_step, logprobs, rewards, rollout, stream, tiny, update
 
 
 def test_a_case_is_the_median_of_the_pairs_ratios():
@@ -157,3 +157,12 @@ def test_too_much_memory_ends_the_benchmark(tmp_path, monkeypatch):
     args = convert.arguments(["--pairs", "1", "--gigabytes", "0.0004", "--config", str(folder), "--case", "export"])
     with pytest.raises(SystemExit, match=r"^export: peak resident memory 3\.01 GB; limit 3 GB$"):
         convert.measure(tmp_path / "work", args)
+
+
+def test_the_stream_is_measured(tmp_path, capsys):
+    words = ["--pairs", "1", "--pictures", "12", "--samples", "5000"]
+    cases = {case.name: case for case in stream.measure(tmp_path, stream.arguments(words))}
+    assert list(cases) == ["worker", "processor", "startup", "seek"]
+    assert all(case.ours > 0 and case.peer > 0 for case in cases.values())
+    assert "bits equal" in cases["processor"].setting and "5000 samples" in cases["seek"].setting
+    assert capsys.readouterr().out == ""
