@@ -89,6 +89,7 @@ def test_connections_of_strangers_take_no_worker_its_descriptors(tmp_path: Path)
         assert client.alive(TIMEOUT_S)
         for _ in range(200):
             held.enter_context(socket.create_connection((host, int(port)), 10))
+        eventually(lambda: len(client.stats()["worker_pids"]) == 1)
         (worker,) = client.stats()["worker_pids"]
         os.kill(worker, signal.SIGKILL)
         submit(client, 0, "echo", "3")
