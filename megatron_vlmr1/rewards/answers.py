@@ -7,6 +7,7 @@ linear in the text: it is written by a model that may be trained against it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import re2
 
@@ -25,25 +26,25 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def blocks(text: str, tag: str) -> list[str]:
-    """Return what stands inside each ``<tag>…</tag>``, in order; an opening tag reaches to the nearest closing one."""
-    opening, closing = f"<{tag}>", f"</{tag}>"
-    found: list[str] = []
+def enclosed(text: str, opening: str, closing: str) -> Iterator[str]:
+    """Yield what stands between each `opening` and the nearest `closing` behind it, in order."""
     position = 0
     while (start := text.find(opening, position)) >= 0:
         end = text.find(closing, start + len(opening))
         if end < 0:
-            break
-        found.append(text[start + len(opening) : end])
+            return
+        yield text[start + len(opening) : end]
         position = end + len(closing)
-    return found
+
+
+def blocks(text: str, tag: str) -> list[str]:
+    """Return what stands inside each ``<tag>…</tag>``, in order; an opening tag reaches to the nearest closing one."""
+    return list(enclosed(text, f"<{tag}>", f"</{tag}>"))
 
 
 def first_block(text: str, tag: str) -> str | None:
     """Return what stands inside the first ``<tag>…</tag>``, or None."""
-    start = text.find(f"<{tag}>")
-    end = text.find(f"</{tag}>", start) if start >= 0 else -1
-    return text[start + len(tag) + 2 : end] if end >= 0 else None
+    return next(enclosed(text, f"<{tag}>", f"</{tag}>"), None)
 
 
 def thought(text: str) -> str | None:

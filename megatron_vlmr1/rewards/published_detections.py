@@ -17,18 +17,13 @@ from megatron_vlmr1.rewards.item import RewardFailure, RewardItem
 MAX_PAIRS = 500_000
 """A class with more pairs of a detection and a truth would take seconds."""
 
-_FENCE = "```json"
-
 # What indexing and subtracting decoded json can raise.
 _ERRORS = (TypeError, LookupError, OverflowError)
 
 
 def fences(text: str) -> Iterator[str]:
-    """Yield what stands inside each json fence, stripped."""
-    position = 0
-    while (start := text.find(_FENCE, position)) >= 0 and (end := text.find("```", start + len(_FENCE))) >= 0:
-        yield text[start + len(_FENCE) : end].strip()
-        position = end + 3
+    """Return what stands inside each json fence, stripped, in order."""
+    return map(str.strip, answers.enclosed(text, "```json", "```"))
 
 
 def true_items(fenced: str | None) -> list[Any]:

@@ -26,12 +26,18 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     OVDEval's mean over its sub-tasks, where the rows are of all of them.
     """
     scenes = [Scene.of_row(row) for row in rows]
-    found = _map(scenes) | {"nms_ap": _map([ovdeval.suppressed(scene) for scene in scenes])["map"]}
-    counts = _counts(scenes).sum(0)
-    found |= dict(zip(("greedy_precision", "greedy_recall"), _greedy(counts[None])[0].tolist(), strict=True))
+    return _figures(rows, scenes, [ovdeval.suppressed(scene) for scene in scenes], _counts(scenes))
+
+
+def _figures(
+    rows: Sequence[Mapping[str, Any]], scenes: Sequence[Scene], suppressed: Sequence[Scene], counts: Floats
+) -> dict[str, float]:
+    found = _map(scenes) | {"nms_ap": _map(suppressed)["map"]}
+    greedy = _greedy(counts.sum(0)[None])[0].tolist()
+    found |= dict(zip(("greedy_precision", "greedy_recall"), greedy, strict=True))
     by_category: dict[str, list[Scene]] = {}
-    for row, scene in zip(rows, scenes, strict=True):
-        by_category.setdefault(str(row.get("category")), []).append(ovdeval.suppressed(scene))
+    for row, scene in zip(rows, suppressed, strict=True):
+        by_category.setdefault(str(row.get("category")), []).append(scene)
     if ovdeval.SUBTASKS <= by_category.keys():
         found["nms_ap_overall"] = ovdeval.overall({name: _map(by_category[name])["map"] for name in ovdeval.SUBTASKS})
     return found
@@ -39,9 +45,10 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def estimates(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Estimate]:
     """Return the figures of `figures` with intervals from resampled pictures."""
-    found, scenes = figures(rows), [Scene.of_row(row) for row in rows]
+    scenes = [Scene.of_row(row) for row in rows]
     suppressed = [ovdeval.suppressed(scene) for scene in scenes]
     counts, n = _counts(scenes), len(scenes)
+    found = _figures(rows, scenes, suppressed, counts)
     intervals = dict(
         zip(
             ("greedy_precision", "greedy_recall"),

@@ -85,20 +85,13 @@ def _read(source: str) -> list[Any]:
 
 def _json_of(text: str) -> str:
     """What the first json fence holds, or else the first fence, or else the first list of boxes; maybe nothing."""
-    fenced = _between(text, "```json", "```")
-    if fenced is not None:
+    json_fence = next(answers.enclosed(text, "```json", "```"), None)
+    if json_fence is not None:
+        return json_fence.strip()
+    if fenced := next(answers.enclosed(text, "```", "```"), "").strip():
         return fenced
-    match = None
-    fenced = _between(text, "```", "```")
-    if not fenced:
-        match = _LIST.search(answers.encodable(text))
-    return text[slice(*match.span())] if match else fenced or ""
-
-
-def _between(text: str, opening: str, closing: str) -> str | None:
-    start = text.find(opening)
-    end = text.find(closing, start + len(opening)) if start >= 0 else -1
-    return text[start + len(opening) : end].strip() if end >= 0 else None
+    match = _LIST.search(answers.encodable(text))
+    return text[slice(*match.span())] if match else ""
 
 
 def _repaired(source: str) -> Any:

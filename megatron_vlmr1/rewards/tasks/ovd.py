@@ -37,7 +37,11 @@ def objects(text: str, prompt: Prompt) -> Objects:
     Raises:
         RewardFailure: too_long, or the truth is neither None nor a list of boxes with an area and a class.
     """
-    return Objects(tuple(parse(text, prompt) or ()), tuple(detections.truths(TASK.item(text, prompt))))
+    return _objects(parse(text, prompt), text, prompt)
+
+
+def _objects(answered: list[Detection] | None, text: str, prompt: Prompt) -> Objects:
+    return Objects(tuple(answered or ()), tuple(detections.truths(TASK.item(text, prompt))))
 
 
 def metrics(text: str, prompt: Prompt, measured: Mapping[str, float]) -> dict[str, float | None]:
@@ -46,7 +50,8 @@ def metrics(text: str, prompt: Prompt, measured: Mapping[str, float]) -> dict[st
     Raises:
         RewardFailure: as `objects`.
     """
-    found, parsed = objects(text, prompt), float(parse(text, prompt) is not None)
+    answered = parse(text, prompt)
+    found, parsed = _objects(answered, text, prompt), float(answered is not None)
     total = len(found.predicted) + len(found.true)
     return {
         "f1": 2 * _hits(found) / total if total else parsed,
