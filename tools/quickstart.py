@@ -121,6 +121,9 @@ class Quickstart:
         facts = self._read("facts.json", {})
         out |= {**facts, **self._read("compare.json", {})}
         out["reward_pids_apart"] = not set(facts["reward_pids"]) & set(facts["rank_pids"])
+        steps = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+        waited, total = (sum(step[name] for step in steps) for name in ("time/reward_exposed", "perf/step_s"))
+        out["reward_exposed_share"] = waited / total
         self.seconds["this_call_total"] = round(time.time() - self.started, 1)
         out["seconds"] = self.seconds
         write(self.run / "summary.json", out)
@@ -131,6 +134,7 @@ class Quickstart:
         for split, before, after in (("held-out", "before", "after"), ("out of domain", "ood_before", "ood_after")):
             parts = [f"{name} {told(summary[before][name])} -> {told(summary[after][name])}" for name in FIGURES]
             say(f"{split}: " + "  ".join(parts))
+        say(f"waiting for rewards: {summary['reward_exposed_share']:.2%} of the steps' time")
         say(f"report: {self.run / 'report.html'}   model: {self.run / 'export'}")
 
     def _read(self, name: str, nothing: dict[str, Any]) -> dict[str, Any]:

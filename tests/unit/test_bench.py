@@ -105,6 +105,8 @@ def test_rewards_through_the_service(capsys):
     """Its own check compares every score with the loop's."""
     case = rewards.measure("rec", rewards.arguments(["--pairs", "1", "--count", "40"]))
     assert (case.name, case.unit) == ("rec", "scores/s") and case.ours > 0 and case.peer > 0
+    again = rewards.respawn(rewards.arguments(["--pairs", "1"]))
+    assert (again.name, again.unit, again.peer) == ("respawn", "s", rewards.RESPAWN_LIMIT_S) and again.ours > 0
     (item,) = rewards.drawn("odLength", 1)
     assert item.completion.count("bbox_2d") == item.solution.count("bbox_2d") == rewards.BOXES
     assert rewards.drawn("rec", 3) == rewards.drawn("rec", 3) and capsys.readouterr().out == ""

@@ -2,13 +2,17 @@
 
 Cases: `rec`, the overlap of one box; `odLength`, 20 answered boxes of 8 classes against 20 true ones. Both sides score
 the same completions. The service's figure takes in packing, sockets, both processes and the check of what comes back.
+Case `respawn`: seconds from the kill -9 of a worker until another is there, with items in hand, of which none may be
+lost; beside the limit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -30,17 +34,21 @@ BOXES, CLASSES = 20, 8
 SIDE = 1000
 JITTER = 6  # pixels
 TIMEOUT_S = 300.0
+RESPAWN = "respawn"
+RESPAWN_LIMIT_S = 2.0
+RESPAWN_ITEMS = 200
 
 
 def main() -> None:
     """Measure the cases that were asked for."""
     args = arguments()
-    common.finish("rewards", [measure(name, args) for name in common.chosen(args, [*CASES])], args)
+    names = common.chosen(args, [*CASES, RESPAWN])
+    common.finish("rewards", [respawn(args) if name == RESPAWN else measure(name, args) for name in names], args)
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the options, the process's own by default."""
-    parser = common.parser(__doc__, [*CASES])
+    parser = common.parser(__doc__, [*CASES, RESPAWN])
     parser.add_argument("--count", type=int, help=f"completions (default: {COUNTS})")
     return parser.parse_args(words)
 
@@ -81,6 +89,37 @@ def measure(name: str, args: argparse.Namespace) -> common.Case:
         f"p50 {latency['latency_p50_s']:.2f} s, p99 {latency['latency_p99_s']:.2f} s in the service; peer: a loop"
     )
     return common.case(name, pairs, "scores/s", setting, more_is_better=True)
+
+
+def respawn(args: argparse.Namespace) -> common.Case:
+    """Return the seconds until a killed worker of two is replaced."""
+    items = drawn("rec", RESPAWN_ITEMS)
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-rewards-") as folder,
+        RewardService(RewardsConfig(workers=2), Path(folder)) as service,
+        RewardClient(service.address) as client,
+    ):
+
+        def workers() -> set[int]:
+            return set(client.stats()["worker_pids"])
+
+        def ours() -> float:
+            while len(before := workers()) < 2:
+                time.sleep(0.01)
+            for number, item in enumerate(items):
+                client.submit(number, item, {"iou": 1.0})
+            killed = min(before)
+            os.kill(killed, signal.SIGKILL)
+            started = time.perf_counter()
+            while len(workers() - {killed}) < 2:
+                time.sleep(0.01)
+            seconds = time.perf_counter() - started
+            assert all(score.failure is None for score in client.collect(range(len(items)), TIMEOUT_S).values())
+            return seconds
+
+        pairs = common.alternate(ours, lambda: RESPAWN_LIMIT_S, args.pairs)
+    setting = f"one of two workers killed with {len(items)} items in hand, none lost; peer: the limit"
+    return common.case(RESPAWN, pairs, "s", setting, more_is_better=False)
 
 
 def drawn(name: str, count: int) -> list[RewardItem]:
