@@ -43,9 +43,12 @@ class Damage:
 
 @dataclass(frozen=True)
 class ImagePatches:
-    """One image, resized and cut into the vision tower's patches."""
+    """One image, resized and cut into the vision tower's patches.
 
-    patches: FloatArray  # [grid_h * grid_w, channels * temporal_patch * patch * patch], Hugging Face order
+    A still image fills all frames of a temporal patch alike; one is kept, and the tower repeats it.
+    """
+
+    patches: FloatArray  # [grid_h * grid_w, channels, patch * patch], Hugging Face order
     grid_thw: tuple[int, int, int]  # in patches
     size: tuple[int, int]  # (width, height) in pixels of the original image
     digest: bytes  # sha256 of the compressed image: equal digests are the same image

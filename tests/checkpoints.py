@@ -20,7 +20,7 @@ from megatron_vlmr1.types import ImagePatches, IntArray, Prompt, Sample
 from tests.tiny import compressed, picture, write_tiny_checkpoint_files
 
 STD = 0.1
-PATCH_DIM = 3 * 2 * 14 * 14
+PATCH = (3, 14 * 14)  # channels, pixels
 PLAIN_IDS = 400  # ids below are ordinary tokens of the tiny tokenizer
 VISION = {"depth": 4, "fullatt_block_indexes": [1, 3]}  # windowed and full-attention blocks, by turns
 
@@ -89,7 +89,7 @@ def banned_ids(directory: Path) -> list[int]:
 
 def random_image(seed: int, rows: int, columns: int) -> ImagePatches:
     """Draw an image of `rows` x `columns` patches."""
-    patches = np.random.default_rng((seed, rows, columns)).standard_normal((rows * columns, PATCH_DIM))
+    patches = np.random.default_rng((seed, rows, columns)).standard_normal((rows * columns, *PATCH))
     patches = patches.astype(np.float32)
     digest = hashlib.sha256(patches.tobytes()).digest()
     return ImagePatches(patches, (1, rows, columns), (columns * 14, rows * 14), digest)

@@ -6,6 +6,7 @@ from the header before anything is decoded.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -108,16 +109,17 @@ class ImageProcessor:
     max_pixels: int = 28 * 28 * 1280
     patch_size: int = 14
     merge_size: int = 2
-    temporal_patch_size: int = 2
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     rescale_factor: float = 1 / 255
     resample: int = Image.Resampling.BICUBIC
 
     def __post_init__(self) -> None:
-        for name in ("min_pixels", "max_pixels", "patch_size", "merge_size", "temporal_patch_size"):
+        for name in ("min_pixels", "max_pixels", "patch_size", "merge_size"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if self.patch_size % 2:
+            raise ValueError(f"patch_size must be even, not {self.patch_size}")
         for name in ("image_mean", "image_std"):
             if len(value := getattr(self, name)) != 3 or not all(isinstance(part, int | float) for part in value):
                 raise ValueError(f"{name} must be three numbers, not {value!r}")
@@ -145,7 +147,7 @@ class ImageProcessor:
     @property
     def token_bytes(self) -> int:
         """Bytes of the patches that one image token stands for."""
-        return 4 * 3 * self.temporal_patch_size * (self.patch_size * self.merge_size) ** 2
+        return 4 * 3 * (self.patch_size * self.merge_size) ** 2
 
     def table(self) -> FloatArray:
         """Return the normalised value of each byte: [3, 256].
@@ -160,8 +162,8 @@ class ImageProcessor:
         """Decode, resize, normalise and cut one compressed image.
 
         Returns:
-            patches float32 [grid_h * grid_w, 3 * temporal_patch_size * patch_size**2], in Hugging Face's order: blocks
-            of merge_size x merge_size patches row by row, patches within a block row by row.
+            patches float32 [grid_h * grid_w, 3, patch_size**2], in Hugging Face's order: blocks of
+            merge_size x merge_size patches row by row, patches within a block row by row.
 
         Raises:
             ValueError: as `decode` and `smart_resize`.
@@ -172,21 +174,36 @@ class ImageProcessor:
         )
         resized = image.resize((width, height), self.resample)
         grid = (1, height // self.patch_size, width // self.patch_size)
-        patches = self._cut(np.asarray(resized), grid[1], grid[2])
+        patches = self._cut(resized, grid[1], grid[2])
         return ImagePatches(patches, grid, image.size, hashlib.sha256(data).digest())
 
-    def _cut(self, pixels: np.ndarray[Any, np.dtype[np.uint8]], grid_h: int, grid_w: int) -> FloatArray:
-        merge, patch, frames = self.merge_size, self.patch_size, self.temporal_patch_size
-        rows = pixels.reshape(grid_h // merge, merge, patch, grid_w // merge, merge, patch, 3)
-        out = np.empty((grid_h // merge, grid_w // merge, merge, merge, 3, frames, patch, patch), np.float32)
-        table = self.table()
-        for row, made in zip(rows, out, strict=True):  # a row of blocks stays in the processor's cache
-            # [channel, blocks, merge_h, merge_w, patch_h, patch_w]
-            planes = np.ascontiguousarray(row.transpose(5, 2, 0, 3, 1, 4))
-            for channel, values in enumerate(table):
-                # mode: a byte is never out of range, and not to look is quicker
-                made[:, :, :, channel] = values.take(planes[channel], mode="clip")[:, :, :, None]
-        return out.reshape(grid_h * grid_w, -1)
+    @functools.cached_property
+    def _pairs(self) -> list[np.ndarray[Any, np.dtype[np.complex64]]]:
+        """Per channel, the two values of each two neighbouring bytes: one look-up for both."""
+        pairs = np.empty((3, 1 << 16, 2), np.float32)
+        neighbours = np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
+        for made, values in zip(pairs, self.table(), strict=True):
+            made[:] = values[neighbours]
+        return list(pairs.view(np.complex64)[:, :, 0])
+
+    def _cut(self, image: Image.Image, grid_h: int, grid_w: int) -> FloatArray:
+        merge, patch = self.merge_size, self.patch_size
+        blocks = (grid_h // merge, grid_w // merge, merge, merge)
+        out = np.empty((*blocks, 3, patch * patch // 2), np.complex64)
+        for channel, (band, pairs) in enumerate(zip("RGB", self._pairs, strict=True)):
+            # [block rows, merge_h, patch_h, block columns, merge_w] of a patch's row of bytes
+            plane = np.frombuffer(image.tobytes("raw", band), f"V{patch}")
+            plane = plane.reshape(blocks[0], merge, patch, blocks[1], merge).transpose(0, 3, 1, 4, 2)
+            pixels = np.ascontiguousarray(plane).view(np.uint16).reshape(*blocks, -1)
+            for row, made in zip(pixels, out, strict=True):  # a row of blocks stays in the processor's cache
+                # mode: no pair is out of range, and not to look is quicker
+                made[:, :, :, channel] = pairs.take(row, mode="clip")
+        return out.view(np.float32).reshape(grid_h * grid_w, 3, -1)
+
+
+def pixel_values(image: ImagePatches, frames: int = 2) -> FloatArray:
+    """Return what transformers calls so, a still's frame repeated: [grid_h * grid_w, 3 * frames * patch_size**2]."""
+    return np.repeat(image.patches[:, :, None], frames, 2).reshape(len(image.patches), -1)
 
 
 def _settings(raw: dict[str, Any], min_pixels: int | None, max_pixels: int | None) -> dict[str, Any]:
@@ -200,7 +217,7 @@ def _settings(raw: dict[str, Any], min_pixels: int | None, max_pixels: int | Non
         "image_mean": tuple(raw.get("image_mean") or ()) or None,
         "image_std": tuple(raw.get("image_std") or ()) or None,
     }
-    for key in ("patch_size", "merge_size", "temporal_patch_size", "rescale_factor", "resample"):
+    for key in ("patch_size", "merge_size", "rescale_factor", "resample"):
         found[key] = raw.get(key)
     return {key: value for key, value in found.items() if value is not None}
 

@@ -129,7 +129,11 @@ class _PatchEmbed(torch.nn.Module):
         # The published convolution has kernel = stride = the patch: a matrix product on flattened patches. They are
         # many times larger than what comes out, so that they are not brought together first.
         weight = self.proj.weight.flatten(1)
-        return torch.cat([F.linear(x.to(weight.device, weight.dtype), weight) for x in patches])
+        return torch.cat([F.linear(self._all_frames(x.to(weight.device, weight.dtype)), weight) for x in patches])
+
+    def _all_frames(self, x: torch.Tensor) -> torch.Tensor:
+        frames = self.proj.weight.shape[2]
+        return x if x.dim() == 2 else x[:, :, None].expand(-1, -1, frames, -1).flatten(1)
 
 
 class _Merger(torch.nn.Module):
@@ -163,7 +167,10 @@ class VisionTower(MegatronModule):
             parameter.sum_gradients_across_tp = True  # type: ignore[attr-defined]  # each rank saw its own images
 
     def forward(self, patches: Sequence[torch.Tensor], grids: Sequence[Grid]) -> torch.Tensor:
-        """Map each image's patches [n, patch_dim] to [N / merge_unit, out_hidden], one image after another."""
+        """Map each image's patches to [N / merge_unit, out_hidden], one image after another.
+
+        Patches are [n, patch_dim], or a still's single frame [n, channels, patch * patch].
+        """
         s = self.shape
         layouts = [_layout(grid, s.spatial_merge_size, self.window) for grid in grids]
         units = np.cumsum([0] + [lay.order.size for lay in layouts])

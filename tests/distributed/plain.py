@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from megatron_vlmr1.checkpoint.weights import HfWeights
+from megatron_vlmr1.data.images import pixel_values
 from megatron_vlmr1.models.families import published_name
 from megatron_vlmr1.models.families.qwen2_5_vl import ALIASES
 from megatron_vlmr1.types import Group, IntArray, Prompt
@@ -31,7 +32,7 @@ def inputs(model: Any, prompt: Prompt, more: IntArray | Sequence[int] = ()) -> d
         "mm_token_type_ids": (ids == model.config.image_token_id).int(),
     }
     if prompt.images:
-        pixels = torch.from_numpy(np.concatenate([image.patches for image in prompt.images]))
+        pixels = torch.from_numpy(np.concatenate([pixel_values(image) for image in prompt.images]))
         out["pixel_values"] = pixels.to(model.dtype)
         out["image_grid_thw"] = torch.tensor([image.grid_thw for image in prompt.images])
     return out

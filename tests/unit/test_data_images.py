@@ -15,7 +15,7 @@ from transformers import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_resize
 
 from megatron_vlmr1.data import images
-from megatron_vlmr1.data.images import ImageProcessor, decode, header, smart_resize
+from megatron_vlmr1.data.images import ImageProcessor, decode, header, pixel_values, smart_resize
 from tests.tiny import compressed, picture, plain_png
 
 SIZES = [
@@ -45,7 +45,7 @@ def test_patches_equal_transformers_bit_for_bit(size: tuple[int, int], kind: str
     for bounds in ({}, {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 40}):
         patches, grid = reference(Qwen2VLImageProcessorPil(**bounds), Image.open(io.BytesIO(data)))
         ours = ImageProcessor(**bounds).process(data)
-        assert np.array_equal(ours.patches, patches) and ours.patches.dtype == patches.dtype
+        assert np.array_equal(pixel_values(ours), patches) and pixel_values(ours).dtype == patches.dtype
         assert list(ours.grid_thw) == grid
         assert ours.size == size
         assert ours.digest == hashlib.sha256(data).digest()
@@ -59,17 +59,19 @@ def test_patches_equal_transformers_on_random_sizes() -> None:
         data = compressed(picture(*size, seed=seed), quality=int(rng.integers(30, 96)))
         patches, grid = reference(theirs, Image.open(io.BytesIO(data)))
         made = ours.process(data)
-        assert np.array_equal(made.patches, patches) and list(made.grid_thw) == grid, size
+        assert np.array_equal(pixel_values(made), patches) and list(made.grid_thw) == grid, size
 
 
 def test_other_patch_sizes_and_normalisations_equal_transformers() -> None:
-    settings = dict(patch_size=16, merge_size=3, temporal_patch_size=1, rescale_factor=1 / 127.5)
+    settings = dict(patch_size=16, merge_size=3, rescale_factor=1 / 127.5)
     mean, std = (0.5, 0.1, 1.0), (0.5, 0.25, 2.0)
     data = compressed(picture(300, 200), "PNG")
-    theirs = Qwen2VLImageProcessorPil(**settings, image_mean=list(mean), image_std=list(std), resample=2)
+    theirs = Qwen2VLImageProcessorPil(
+        **settings, temporal_patch_size=1, image_mean=list(mean), image_std=list(std), resample=2
+    )
     patches, grid = reference(theirs, Image.open(io.BytesIO(data)))
     made = ImageProcessor(**settings, image_mean=mean, image_std=std, resample=2).process(data)
-    assert np.array_equal(made.patches, patches) and list(made.grid_thw) == grid
+    assert np.array_equal(pixel_values(made, frames=1), patches) and list(made.grid_thw) == grid
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
@@ -79,7 +81,7 @@ def test_modes_equal_transformers(mode: str) -> None:
     image = image.convert(mode)
     data = compressed(image, "JPEG" if mode == "CMYK" else "PNG")
     patches, _ = reference(Qwen2VLImageProcessorPil(), Image.open(io.BytesIO(data)))
-    assert np.array_equal(ImageProcessor().process(data).patches, patches)
+    assert np.array_equal(pixel_values(ImageProcessor().process(data)), patches)
 
 
 def test_transparency_goes_over_white() -> None:
@@ -200,6 +202,7 @@ def test_both_forms_of_preprocessor_config(tmp_path: Path) -> None:
     assert (saved.min_pixels, saved.max_pixels, saved.patch_size) == (784, 7056, 16)
     assert saved.rescale_factor == 1 / 255 and saved.resample == 3
     for problem, settings in {
+        "patch_size must be even": {"patch_size": 15},
         "do_resize": {"do_resize": False},
         "max_pixels": {"min_pixels": 9, "max_pixels": 4},
     }.items():

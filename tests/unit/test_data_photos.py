@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 from transformers import Qwen2VLImageProcessorPil
 
-from megatron_vlmr1.data.images import ImageProcessor, decode, header
+from megatron_vlmr1.data.images import ImageProcessor, decode, header, pixel_values
 from tests.photos import photographs
 from tests.tiny import compressed, plain_png
 
@@ -23,8 +23,8 @@ def assert_equal_to_transformers(data: bytes, picture: Image.Image, **bounds: in
     """Compare what we make of a file with what transformers makes of the decoded, upright picture."""
     theirs = Qwen2VLImageProcessorPil(**bounds)(images=[picture], return_tensors="np")
     ours = ImageProcessor(**bounds).process(data)
-    assert ours.patches.dtype == theirs["pixel_values"].dtype == np.float32
-    assert np.array_equal(ours.patches, theirs["pixel_values"]), picture.size
+    assert pixel_values(ours).dtype == theirs["pixel_values"].dtype == np.float32
+    assert np.array_equal(pixel_values(ours), theirs["pixel_values"]), picture.size
     assert list(ours.grid_thw) == theirs["image_grid_thw"][0].tolist()
     assert ours.size == picture.size
 

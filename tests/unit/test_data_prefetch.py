@@ -157,7 +157,7 @@ def test_workers_deliver_what_the_rank_itself_would(shards, builder, checkpoint)
 
 def test_no_further_ahead_than_the_bounds(shards, builder, checkpoint):
     one = builder.largest_bytes
-    assert one == 400 * 4 * 3 * 2 * 28 * 28
+    assert one == 400 * 4 * 3 * 28 * 28
     for bounds in ({"prefetch": 5}, {"prefetch_bytes": 3 * one}, {"prefetch_bytes": 1}):
         cfg = settings(str(shards[0]), workers=1, **bounds)
         with reading(cfg, builder, checkpoint) as (source, reader):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_vlmr1.data.images import pixel_values
 from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.models.vision import encode, patch_cost, share_out
 from tests.checkpoints import plain_model, random_image, write_random_checkpoint
@@ -29,7 +30,7 @@ def test_image_embeddings_are_those_of_transformers(directory):
     with ranks.alone() as mesh, torch.no_grad():
         found = encode(work.load_policy(directory, mesh).model.vision, images, mesh)
         for image, rows in zip(images, found, strict=True):
-            expected = model.model.visual(torch.from_numpy(image.patches), torch.tensor([image.grid_thw]))
+            expected = model.model.visual(torch.from_numpy(pixel_values(image)), torch.tensor([image.grid_thw]))
             expected = getattr(expected, "pooler_output", expected)
             assert rows.shape == expected.shape == (len(image.patches) // 4, 64)
             assert (rows - expected).abs().max() <= 1e-4

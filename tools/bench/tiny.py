@@ -16,7 +16,7 @@ from PIL import Image
 from megatron_vlmr1.checkpoint import weights
 from megatron_vlmr1.config import ParallelConfig
 from megatron_vlmr1.data import scenes
-from megatron_vlmr1.data.images import ImageProcessor
+from megatron_vlmr1.data.images import ImageProcessor, pixel_values
 from megatron_vlmr1.data.prompts import PromptBuilder
 from megatron_vlmr1.data.scene_tokenizer import build_checkpoint_files
 from megatron_vlmr1.data.tokens import VisionTokens, load_tokenizer
@@ -157,6 +157,6 @@ def plain_inputs(model: Any, batch: Sequence[Prompt], more: Sequence[IntArray] =
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "mm_token_type_ids": (ids == model.config.image_token_id).int(),
-        "pixel_values": torch.from_numpy(np.concatenate([i.patches for p in batch for i in p.images])),
+        "pixel_values": torch.from_numpy(np.concatenate([pixel_values(i) for p in batch for i in p.images])),
         "image_grid_thw": torch.tensor([i.grid_thw for p in batch for i in p.images]),
     }
