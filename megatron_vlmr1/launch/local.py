@@ -257,10 +257,9 @@ def _conclude(job: _Job, log_dir: Path) -> int:
     log = log_path(log_dir, rank)
     if status in _SAID and job.ranks[0].returncode == status:
         return code  # rank 0 has said why, and the user wants one line
+    words = _last_words(log) or (f" ({outcome['reason']})" if outcome and code == errors.CRASHED else "")
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"left with exit code {status}"
-    _say(f"rank {rank} (pid {job.ranks[rank].pid}) {how}; its log: {log}{_last_words(log)}")
-    if outcome and code == errors.CRASHED:
-        _say(str(outcome["reason"]))
+    _say(f"rank {rank} (pid {job.ranks[rank].pid}) {how}; its log: {log}{words}")
     return code
 
 

@@ -62,6 +62,7 @@ def _lead(log_dir: Path, me: Heartbeat, world: int, beat_s: float, still_s: floa
             write_atomic(_folder(log_dir) / "mute.json", json_line({"lookers": lookers}))
         _look(log_dir, now, lookers.get(str(me.rank), []))
         _wait(lambda: _have_written(log_dir, mute) >= {r for ranks in lookers.values() for r in ranks}, 2 * beat_s)
+        now = [_as_seen(log_dir, record) if record.rank in mute else record for record in now]
     blamed = hang.culprits(now, mute)
     states = {rank: _first_line(_stacks(log_dir, rank)) or "none of its host answers" for rank in mute}
     reason = hang.verdict({record.rank: record for record in now}, blamed, states, still_s)
@@ -109,6 +110,12 @@ def _look(log_dir: Path, records: Collection[Heartbeat], ranks: Collection[int])
         own = _text(heartbeat.path(log_dir, record.rank).with_suffix(".stacks"))  # if only Python was kept from running
         with suppress(OSError):
             write_atomic(_stacks(log_dir, record.rank), (stacks.of_other(record.pid) + own).encode())
+
+
+def _as_seen(log_dir: Path, record: Heartbeat) -> Heartbeat:
+    """Return the record of a silent rank with where it is now, where somebody could look."""
+    step, phase, at = stacks.shown(_text(_stacks(log_dir, record.rank)))
+    return replace(record, step=record.step if step is None else step, phase=phase or record.phase, at=at or record.at)
 
 
 def _have_written(log_dir: Path, ranks: Collection[int]) -> set[int]:

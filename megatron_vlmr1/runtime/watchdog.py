@@ -38,7 +38,7 @@ SAMPLE_S = 0.1  # how often the main thread is looked at
 
 def limit_s(timeout_s: float) -> float:
     """Return after how many seconds without progress a rank hangs: before the process group's timeout kills it."""
-    return timeout_s - max(min(1.0, timeout_s / 4), timeout_s / 20)
+    return timeout_s - max(min(1.0, timeout_s / 8), timeout_s / 20)
 
 
 def beat_s(timeout_s: float) -> float:
@@ -66,6 +66,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         """Start to watch."""
+        progress.here.show = stacks.show
         self._beat(0.0)
         self._thread.start()
         return self
@@ -74,6 +75,7 @@ class Watchdog:
         """Stop to watch; the last heartbeat says why."""
         self._ended.set()
         self._thread.join()
+        progress.here.show = str
         words = "" if error is None else f"{type(error).__name__}: {error}"
         self._me = replace(self._me, left=True, error=words)
         self._beat(0.0)

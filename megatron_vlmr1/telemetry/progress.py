@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 
 class Progress:
@@ -21,6 +22,7 @@ class Progress:
         phases: phases entered and left so far, the same on all ranks at the same place.
         marks: calls of `mark`.
         since: when the phase began, in seconds of ``time.monotonic``.
+        show: is told the step and phase at once, as "2:rollout", for whoever cannot ask this process any more.
         waits: seconds of each phase in which this rank waited for others, as the watchdog samples them.
     """
 
@@ -31,6 +33,7 @@ class Progress:
         self.phases = 0
         self.marks = 0
         self.since = time.monotonic()
+        self.show: Callable[[str], object] = str
         self.waits: defaultdict[str, float] = defaultdict(float)
 
     def begin(self, step: int) -> None:
@@ -41,6 +44,7 @@ class Progress:
         """Another phase begins."""
         self.phase, self.since = phase, time.monotonic()
         self.phases += 1
+        self.show(f"{'-' if self.step is None else self.step}:{phase}")
 
     def take_waits(self) -> dict[str, float]:
         """Return `waits` since the last call and start from zero."""

@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any
 
+from megatron_vlmr1.cli.common import configure_logging
 from megatron_vlmr1.cli.main import main
 
 
@@ -42,6 +43,7 @@ ACTIONS = {
 
 
 def break_rollout(rank: str, call: int, how: str) -> None:
+    configure_logging()  # before the slow imports, which warn
     from megatron_vlmr1.train import grpo
 
     original, calls = grpo.rollout, 0
