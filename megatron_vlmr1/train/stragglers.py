@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 FACTOR = 1.5  # times the median of the others
 SHARE = 0.05  # of a step, at least, that the others could be faster
 STEPS = 3  # in a row, before it is worth a line
+# Phases in which some ranks have work that the others wait for by design: there all of a phase counts.
+_SHARED = ("reward_exposed", "evaluate", "save_exposed")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ def slowest(table: Sequence[Sequence[float]]) -> Straggler:
     return max(found, key=lambda straggler: straggler.excess_s)
 
 
+def own_s(phase: str, total_s: float, waited_s: float) -> float:
+    """Return the seconds of a phase that this rank is answerable for."""
+    return total_s if phase in _SHARED else max(0.0, total_s - waited_s)
+
+
 class Stragglers:
     """Compares the ranks after every step; one line when the same one is slow for several steps in a row."""
 
@@ -64,13 +71,14 @@ class Stragglers:
         Args:
             times: ``time/<phase>`` of this rank.
             waits: seconds of each phase in which this rank waited in collectives; it is the others who were slow then.
+                In rewards, evaluation and saves waiting counts: there the first ranks do what others wait for.
             step_s: seconds of the step.
 
         The phase is its place in `PHASES`.
         """
         if self._world == 1:
             return {}
-        own = [max(0.0, times.get(f"time/{phase}", 0.0) - waits.get(phase, 0.0)) for phase in PHASES]
+        own = [own_s(phase, times.get(f"time/{phase}", 0.0), waits.get(phase, 0.0)) for phase in PHASES]
         mine = torch.tensor(own, dtype=torch.float32, device=device.device())
         table = torch.empty(self._world, len(own), dtype=torch.float32, device=device.device())
         dist.all_gather(list(table.unbind()), mine)

@@ -1,8 +1,8 @@
 """`vlmr1` with a rank that gets stuck: called as ``stuck.py RANK CALL HOW WORDS…``.
 
-At its CALL-th rollout, counted from 0, rank RANK does as HOW says: ``loop`` in Python for ever, ``stop`` like a process
-that was sent SIGSTOP, ``native`` like a library that keeps the interpreter's lock for ever, ``slow`` a second late at
-this and every later one, ``kill`` like a process that was sent SIGKILL. Other ranks are as always.
+At its CALL-th rollout, counted from 0, rank RANK does as HOW says: ``loop`` in Python for ever, ``stop`` like one
+that was sent SIGSTOP, ``native`` like a library that keeps the interpreter's lock for ever, ``kill`` like one that was
+sent SIGKILL, or ``slow``: two seconds late at this and every later one. Other ranks are as always.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ACTIONS = {
     "native": native,
     "stop": lambda: send(signal.SIGSTOP),
     "kill": lambda: send(signal.SIGKILL),
-    "slow": lambda: time.sleep(1),
+    "slow": lambda: time.sleep(2),
 }
 
 

@@ -98,11 +98,11 @@ def test_a_rank_that_hangs_is_named_with_its_stacks_within_the_timeout_and_the_j
 @pytest.mark.timeout(200)
 def test_a_slow_rank_is_named_with_its_phase(tmp_path: Path, few: Path) -> None:
     """Both ranks take as long, since one waits for the other: what counts is who of them waits."""
-    job, _ = start(tmp_path, 2, "1 0 slow", write_config(tmp_path, few, steps=4, save_every=0))
+    job, _ = start(tmp_path, 2, "1 1 slow", write_config(tmp_path, few, steps=5, save_every=0))
     assert job.wait(150) == 0, (tmp_path / "launcher.log").read_text()
-    for _, row in read_metrics(tmp_path / "run"):
+    for _, row in read_metrics(tmp_path / "run")[1:]:  # the first step warms up
         assert (row["straggler/rank"], PHASES[int(row["straggler/phase"])]) == (1, "rollout")
-        assert 0.5 < row["straggler/excess_s"] < 1.6 + row["perf/step_s"] - 1.0
+        assert 1.0 < row["straggler/excess_s"] < row["perf/step_s"]
         assert row["straggler/ratio"] > 1.5
     assert "WARNING rank 1 is slow in phase 'rollout': " in (tmp_path / "launcher.log").read_text()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_vlmr1.telemetry.timers import PHASES
-from megatron_vlmr1.train.stragglers import Stragglers, slowest
+from megatron_vlmr1.train.stragglers import Stragglers, own_s, slowest
 
 
 def row(**seconds: float) -> list[float]:
@@ -39,6 +39,11 @@ def test_one_line_when_the_same_one_is_slow_for_three_steps_in_a_row(caplog):
     for _ in range(4):
         watch._tell(slow, step_s=100.0)  # a second of a hundred
     assert len(caplog.messages) == 1
+
+
+def test_who_waits_in_a_collective_is_not_slow_but_rewards_are_waited_for_by_design():
+    assert [own_s("rollout", 3.0, waited) for waited in (0.0, 2.0, 3.1)] == [3.0, 1.0, 0.0]
+    assert own_s("reward_exposed", 3.0, 2.0) == own_s("save_exposed", 3.0, 0.0) == 3.0
 
 
 def test_nothing_comes_of_one_rank():
