@@ -6,6 +6,9 @@ DONE = 0
 DIFFERS = 1  # a check found differences or damage
 BAD_INPUT = 2  # the user's input is wrong
 STOPPED = 17  # stopped itself; requeueing would not help
+CRASHED = (
+    70  # an error of ours, or a rank that hangs; sysexits.h EX_SOFTWARE, because 1 says that a check found differences
+)
 REQUEUE = 85  # checkpointed on a signal or time limit; please requeue
 
 

@@ -15,6 +15,7 @@ from megatron_vlmr1.models import families
 from megatron_vlmr1.models.pieces import Piece
 from megatron_vlmr1.models.shape import VlmShape
 from megatron_vlmr1.models.vlm import VlmModel
+from megatron_vlmr1.telemetry.progress import mark
 
 
 class HfWeights:
@@ -153,9 +154,11 @@ def parameter_pieces(model: VlmModel) -> Iterator[Part]:
     if model.vision is not None:
         sizes = family.vision_shapes(shape.vision)
         for name, parameter in model.vision.named_parameters():
+            mark()
             whole = [Piece(family.VISION_PREFIX + name, 0, 0, sizes[name][0])]
             yield Part(f"vision.{name}", parameter, [whole] * mesh.tp_size)
     for name, parameter in model.language.named_parameters():
+        mark()
         layer, inner = None, name
         if name.startswith("decoder.layers."):
             _, _, local, inner = name.split(".", 3)

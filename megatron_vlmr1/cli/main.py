@@ -21,7 +21,6 @@ from megatron_vlmr1.runtime.ranks import identity
 
 VERBS = ("train", "evaluate", "generate", "convert", "shards", "rewards", "report")
 
-CRASHED = 70  # an error of ours; sysexits.h EX_SOFTWARE, because 1 says that a check found differences
 _DESCRIPTION = "R1-style reinforcement learning for vision-language models on megatron-core."
 _EPILOG = """\
 example, on the data that the quickstart made:
@@ -106,7 +105,7 @@ def _end(code: int, message: str) -> int:
 
 def _crash() -> int:
     logger.critical("vlmr1 crashed; this is a bug or a failing machine", exc_info=True)
-    return CRASHED
+    return errors.CRASHED
 
 
 def _stdout_is_closed() -> bool:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vlmr1.cli.common import add_overrides, load_config, log_directory, rank_count, run_here
-from megatron_vlmr1.errors import BAD_INPUT, DONE, RunStopped
+from megatron_vlmr1.errors import BAD_INPUT, DONE, STOPPED, RunStopped
+from megatron_vlmr1.runtime import attempts
 from megatron_vlmr1.runtime.ranks import identity
 from megatron_vlmr1.runtime.signals import StopFlag
-from megatron_vlmr1.telemetry.files import json_line, write_atomic
 
 if TYPE_CHECKING:
     from megatron_vlmr1.config import Config
@@ -33,6 +33,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("train", help="train a policy (sft or grpo)", epilog=_EPILOG)
     parser.add_argument("config", help="YAML file, or the name of one that came with the package")
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start here (default: tensor x pipeline)")
+    parser.add_argument("--retry", action="store_true", help="start although the same step failed three times in a row")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and what it costs, then stop")
     add_overrides(parser)
     parser.set_defaults(run=run)
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     cfg = load_config(args.config, args.overrides)
     if identity() is not None and not args.dry_run:
-        return _be_a_rank(cfg)
+        return _be_a_rank(cfg, args.retry)
     check_inputs(cfg, rank_count(cfg, args.nproc))
     if args.dry_run:
         sys.stdout.write(config.dump(cfg))
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
     check_data(cfg)
     with held(Path(cfg.run_dir)):
         pass  # to be told at once; rank 0 holds it while it runs
-    return run_here(cfg, args.nproc, ["train", args.config, *args.overrides], new_attempt(cfg.run_dir))
+    words = ["train", args.config, *args.overrides, *(["--retry"] if args.retry else [])]
+    return run_here(cfg, args.nproc, words, new_attempt(cfg.run_dir))
 
 
 def _print_plan(cfg: Config, nproc: int | None) -> None:
@@ -81,7 +83,7 @@ def _warn_of_absent_data(cfg: Config) -> None:
         logger.warning("%s", error)
 
 
-def _be_a_rank(cfg: Config) -> int:
+def _be_a_rank(cfg: Config, retry: bool) -> int:
     stop = StopFlag()  # before the slow imports: from here on a signal asks for a checkpoint
     import torch.distributed as dist
 
@@ -89,27 +91,43 @@ def _be_a_rank(cfg: Config) -> int:
 
     device.prepare_megatron()  # before megatron-core is imported
     from megatron_vlmr1.parallel.job import joined
+    from megatron_vlmr1.runtime.watchdog import Watchdog
     from megatron_vlmr1.train import grpo, sft
 
     train = {"grpo": grpo.train, "sft": sft.train}[cfg.method]
     with joined(cfg.parallel, cfg.seed) as mesh:
         log_dir = log_directory(cfg.run_dir)
         try:
-            done = train(cfg, mesh, stop)
+            _check_crash_loop(log_dir, retry)
+            with Watchdog(log_dir, mesh.rank, mesh.world, cfg.parallel.timeout_s):
+                done = train(cfg, mesh, stop)
         except RunStopped as stopped:
             if mesh.rank == 0:
-                _write_outcome(log_dir, str(stopped), stopped.code, stopped.step)
+                attempts.write_outcome(log_dir, str(stopped), stopped.code, stopped.step)
             dist.barrier()  # under srun the first rank to leave takes the others with it
             raise
         except ValueError as error:
             if mesh.rank == 0:
-                _write_outcome(log_dir, str(error), BAD_INPUT, None)
+                attempts.write_outcome(log_dir, str(error), BAD_INPUT, None)
             raise
         if mesh.rank == 0:
-            _write_outcome(log_dir, f"{done.step} of {cfg.train.steps} steps done", DONE, done.step)
+            attempts.write_outcome(log_dir, f"{done.step} of {cfg.train.steps} steps done", DONE, done.step)
     return DONE
 
 
-def _write_outcome(log_dir: Path, reason: str, code: int, step: int | None) -> None:
-    """Say how the attempt ended, for the launcher or the batch script."""
-    write_atomic(log_dir / "outcome.json", json_line({"reason": " ".join(reason.split()), "code": code, "step": step}))
+def _check_crash_loop(log_dir: Path, retry: bool) -> None:
+    """Refuse to start where the same step failed three times in a row, unless told to try again; all ranks call it.
+
+    Raises:
+        RunStopped: it did (17).
+    """
+    from megatron_vlmr1.runtime import distributed
+
+    problem = ""
+    if distributed.is_first():
+        if retry:
+            (log_dir / attempts.RETRY).touch()
+        else:
+            problem = attempts.crash_loop(log_dir)
+    if problem := distributed.broadcast_text(problem):
+        raise RunStopped(STOPPED, problem)

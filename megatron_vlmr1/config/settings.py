@@ -6,10 +6,11 @@ the nearest known key. String literals below a field document it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from megatron_vlmr1.config.data import DataConfig
 from megatron_vlmr1.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
@@ -39,7 +40,8 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel group along the sequence."""
     timeout_s: Annotated[int, Field(gt=0, le=10**7)] = 600
-    """A collective that takes longer ends the job."""
+    """A collective that takes longer ends the job, and so does a rank that gets no further for about so long: no tick
+    of generation, no micro-batch, no parameter read or written, no new phase."""
 
     @property
     def chunks(self) -> int:
@@ -251,6 +253,15 @@ class RewardsConfig(Section):
     """A step with a larger share of failed scores ends the run with exit code 17."""
 
 
+def _seconds(value: Any) -> Any:
+    """Read "[DAYS-]HOURS:MINUTES:SECONDS" as seconds, and leave other values to pydantic."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d?):(\d\d?)", value, re.ASCII) if isinstance(value, str) else None
+    if found is None:
+        return value
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 class TrainConfig(Section):
     """Length of the run and size of a step."""
 
@@ -270,6 +281,10 @@ class TrainConfig(Section):
     """Newest checkpoints that are kept."""
     evaluate_every: NonNegativeInt = 0
     """Evaluate on data.evaluate after every so many steps; 0 never."""
+    exit_before: Annotated[PositiveFloat | None, BeforeValidator(_seconds)] = None
+    """Time after the start of an attempt, such as "3:50:00" or in seconds, before which it saves and exits with code
+    85: after the last step behind which another one and a save would not fit. The end of a SLURM job
+    (SLURM_JOB_END_TIME) counts in any case, less a minute."""
     sample_every: NonNegativeInt = 10
     """Write samples/step_N.jsonl after every so many steps; 0 never."""
 

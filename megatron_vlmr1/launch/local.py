@@ -7,7 +7,6 @@ leaves behind can be found. The kernel kills the ranks when the launcher dies.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import queue
 import signal
@@ -24,11 +23,11 @@ from types import FrameType
 from typing import IO, Any
 
 from megatron_vlmr1 import errors
+from megatron_vlmr1.runtime.attempts import OUTCOME, read_outcome, write_outcome
 from megatron_vlmr1.runtime.children import die_with_parent, kill_sessions
 
 GRACE_S = 3.0  # between SIGTERM and SIGKILL, once a rank has crashed
 ORDERLY_GRACE_S = 10.0  # for the others to leave by themselves, once a rank has left with one of our own exit codes
-OUTCOME = "outcome.json"
 INSIST_S = 2.0  # a second Ctrl-C kills when it comes this much later than the first, so that one is not taken for two
 _POLL_S = 0.05
 _SAID = {errors.BAD_INPUT, errors.STOPPED, errors.REQUEUE}  # codes that a rank explains itself
@@ -248,7 +247,7 @@ def _tee(source: IO[bytes], *sinks: IO[bytes]) -> None:
 
 def _conclude(job: _Job, log_dir: Path) -> int:
     if job.killed_by is not None:
-        return 128 + job.killed_by
+        return _note_kill(job.killed_by, log_dir)
     outcome = _read_outcome(log_dir)
     rank = job.first_failure
     if rank is None:
@@ -258,8 +257,17 @@ def _conclude(job: _Job, log_dir: Path) -> int:
     log = log_path(log_dir, rank)
     if status in _SAID and job.ranks[0].returncode == status:
         return code  # rank 0 has said why, and the user wants one line
+    words = _last_words(log) or (f" ({outcome['reason']})" if outcome and code == errors.CRASHED else "")
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"left with exit code {status}"
-    _say(f"rank {rank} (pid {job.ranks[rank].pid}) {how}; its log: {log}{_last_words(log)}")
+    _say(f"rank {rank} (pid {job.ranks[rank].pid}) {how}; its log: {log}{words}")
+    return code
+
+
+def _note_kill(number: int, log_dir: Path) -> int:
+    """Keep on record that somebody meant this end; return the exit code."""
+    code = 128 + number
+    with suppress(OSError):
+        write_outcome(log_dir, f"killed by a second {signal.Signals(number).name}", code, None)
     return code
 
 
@@ -271,11 +279,8 @@ def _last_words(log: Path) -> str:
 
 def _read_outcome(log_dir: Path) -> dict[str, Any] | None:
     try:
-        outcome = json.loads((log_dir / OUTCOME).read_bytes())
-        return outcome if isinstance(outcome, dict) and 0 <= int(outcome["code"]) < 256 else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return read_outcome(log_dir)
+    except (OSError, ValueError) as error:
         _say(f"{log_dir / OUTCOME} is not readable: {error}")
         return None
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.telemetry.progress import mark
 
 Batch = TypeVar("Batch")
 Result = dict[str, torch.Tensor]
@@ -52,6 +53,7 @@ def run(
 
     def step(iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(iterator)
+        mark()
 
         def finish(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Result]:
             value, results = loss(hidden, batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from megatron_vlmr1.report.curves import Series, series_of
 from megatron_vlmr1.report.run import EVALUATIONS, Answer, Run, number
 from megatron_vlmr1.telemetry.console import duration
+from megatron_vlmr1.telemetry.timers import PHASES
 
 _SPLIT_NAMES = {"heldout": "Held-out", "ood": "Out of domain"}  # others go by their own
 # label, name of the figure, how it was answered, shown as percent
@@ -26,6 +28,7 @@ _MEASURES = (
     ("Mean reward", "reward_mean", "sampled at T = 1", False),
 )
 _LIST_ITEMS = 6
+_SLOW_RATIO, _SLOW_SHARE = 1.5, 0.05  # times the others' median, and of a step: what counts as held up
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,23 @@ def setup(run: Run) -> list[tuple[str, str]]:
     settings = ("model.path", "data.train", "task", "optimizer.lr", "grpo.beta", "train.micro_batch_tokens", "device")
     rows = [(name, describe(run.setting(name))) for name in settings if run.setting(name) is not None]
     taken = {*EVALUATIONS, "seconds"}
-    return rows + [(str(key), describe(value)) for key, value in run.summary.items() if key not in taken]
+    return (
+        rows + [(str(key), describe(value)) for key, value in run.summary.items() if key not in taken] + slow_rank(run)
+    )
+
+
+def slow_rank(run: Run) -> list[tuple[str, str]]:
+    """Return a line on the rank and phase that most often held the others up, if any did."""
+    slow: dict[tuple[int, int], list[float]] = {}
+    for _, values in run.metrics:
+        ratio, excess_s = values.get("straggler/ratio", 0.0), values.get("straggler/excess_s", 0.0)
+        if ratio >= _SLOW_RATIO and excess_s >= _SLOW_SHARE * values.get("perf/step_s", 0.0) > 0:
+            slow.setdefault((int(values["straggler/rank"]), int(values["straggler/phase"])), []).append(ratio)
+    if not slow:
+        return []
+    (rank, phase), ratios = max(slow.items(), key=lambda item: len(item[1]))
+    times = f"{statistics.median(ratios):.1f} times the others' median"
+    return [("slowest rank", f"rank {rank} in {PHASES[phase]}, {times} in {len(ratios)} of {len(run.metrics)} steps")]
 
 
 def seconds(run: Run) -> list[tuple[str, str, float]]:

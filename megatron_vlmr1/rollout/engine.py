@@ -16,6 +16,7 @@ from megatron_vlmr1.rollout.kv_cache import CacheSize, KvCache, fit
 from megatron_vlmr1.rollout.lane import Lane, OnFinish, Request
 from megatron_vlmr1.rollout.pipe import Pipe
 from megatron_vlmr1.rollout.sampling import Sampling
+from megatron_vlmr1.telemetry.progress import mark
 from megatron_vlmr1.types import Completion, IntArray, Prompt
 
 Limits = Sequence[Sequence[int]]  # most tokens of each completion of each prompt
@@ -95,6 +96,7 @@ class Engine:
             pipes.append(Pipe(lane, cache, forward))
         self.cache_bytes = sum(pipe.cache.bytes for pipe in pipes)
         while any(pipe.lane.busy for pipe in pipes):
+            mark()
             for chunk in range(len(policy.chunks)):
                 for pipe in pipes:
                     pipe.work(chunk)

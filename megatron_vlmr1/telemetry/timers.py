@@ -6,12 +6,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from megatron_vlmr1.telemetry import progress
+
+PHASES = ("data", "rollout", "reward_exposed", "logprobs", "update", "evaluate", "save_exposed")
+"""The phases of a step; a metric that names one gives its place here."""
+
 
 class PhaseTimers:
     """``with timers("rollout"): …`` adds to that phase until `take`.
 
     A phase inside another is counted for itself alone: its seconds are not the outer one's, so phases add up to
-    at most the step.
+    at most the step. `telemetry.progress` knows which one is open.
 
     Args:
         synchronize: called at both ends of a phase, so that queued device work counts where it was asked for
@@ -33,12 +38,18 @@ class PhaseTimers:
         """Time the block as `phase`."""
         self._switch()
         self._open.append(phase)
+        progress.here.enter(phase)
         self._seconds.setdefault(phase, 0.0)
         try:
             yield
         finally:
             self._switch()
             self._open.pop()
+            progress.here.enter(self._open[-1] if self._open else f"after {phase}")
+
+    def seconds(self, phase: str) -> float:
+        """Return the seconds of a phase since the last `take`."""
+        return self._seconds.get(phase, 0.0)
 
     def take(self) -> dict[str, float]:
         """Return ``{"time/<phase>": seconds}`` since the last call and start from zero. Call it outside phases."""

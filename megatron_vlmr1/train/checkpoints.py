@@ -41,6 +41,7 @@ _FREE_KEYS = {
     "train.keep_checkpoints",
     "train.evaluate_every",
     "train.sample_every",
+    "train.exit_before",
     "debug.save_rollouts",
     "data.workers",
     "data.prefetch",

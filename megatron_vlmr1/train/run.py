@@ -33,14 +33,17 @@ from megatron_vlmr1.rewards.judges import judges
 from megatron_vlmr1.rollout.actor import Actor
 from megatron_vlmr1.runtime import device, distributed, lock
 from megatron_vlmr1.runtime.signals import StopFlag
+from megatron_vlmr1.runtime.time_limit import TimeLimit
 from megatron_vlmr1.telemetry import console, nvml
 from megatron_vlmr1.telemetry.files import write_atomic
 from megatron_vlmr1.telemetry.flops import peak_flops, utilisation
 from megatron_vlmr1.telemetry.metrics import MetricsWriter
+from megatron_vlmr1.telemetry.progress import here
 from megatron_vlmr1.telemetry.timers import PhaseTimers
 from megatron_vlmr1.train import loader
 from megatron_vlmr1.train.check import check_shares
 from megatron_vlmr1.train.checkpoints import Checkpoints
+from megatron_vlmr1.train.stragglers import Stragglers
 
 
 class Run:
@@ -54,6 +57,8 @@ class Run:
         """
         self.cfg, self.mesh, self.stop = cfg, mesh, stop
         self.step = 0
+        self.limit = TimeLimit(cfg.train.exit_before)
+        self.stragglers = Stragglers(mesh.world)
         stack.push(self._tell_step)
         self.run_dir = Path(cfg.run_dir)
         self._lock(stack)
@@ -93,6 +98,8 @@ class Run:
             stack.callback(self.metrics.close)
             self.metrics.truncate_after(self.step)
             write_atomic(self.run_dir / "config.yaml", config.dump(cfg).encode())
+        here.begin(self.step)
+        self.limit.ready()
         self._started = time.perf_counter()
 
     def _tell_step(
@@ -123,16 +130,19 @@ class Run:
         return Path(os.environ["VLMR1_LOG_DIR"])
 
     def after_step(self, step: int, metrics: dict[str, float]) -> bool:
-        """Log, evaluate, save; return whether to stop because a signal asked for it. `step` counts from 0."""
+        """Log, evaluate, save; return whether to stop because a signal or the time asks for it. `step` is from 0."""
         cfg = self.cfg.train
         self.step = step + 1
         last = self.step == cfg.steps
-        stopping = distributed.any_rank(self.stop.requested is not None)
-        if cfg.evaluate_every and (self.step % cfg.evaluate_every == 0) and not stopping:
+        here.step = self.step
+        stopping = distributed.any_rank(self._should_stop())
+        if self._evaluates(self.step) and not stopping:
             with self.timers("evaluate"):
                 metrics |= self.evaluate()
+            self.limit.note_evaluation(self.timers.seconds("evaluate"))
         now = time.perf_counter()
         metrics |= self.timers.take() | {"perf/step_s": now - self._started, "data/consumed": self.feed.consumed}
+        metrics |= self.stragglers.compare(metrics, here.take_waits(), metrics["perf/step_s"])
         metrics |= self._rates(metrics) | nvml.device_metrics()
         self._started = now
         if self.metrics is not None:
@@ -143,6 +153,16 @@ class Run:
             with self.timers("save_exposed"):
                 self._save(must=last or stopping)
         return stopping and not last
+
+    def _should_stop(self) -> bool:
+        """Whether this rank has had a signal, or sees that another step would end too late."""
+        save_s = self.timers.seconds("save_exposed")
+        self.limit.note(time.perf_counter() - self._started - save_s, save_s)
+        return self.stop.requested is not None or self.limit.is_near(self._evaluates(self.step + 1))
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.cfg.train.evaluate_every
+        return bool(every) and step % every == 0
 
     def _save(self, must: bool) -> None:
         """Save; the last checkpoint of an attempt is tried again until it is there or the run stops itself."""
@@ -259,6 +279,7 @@ class Run:
 
 
 def requeue(run: Run) -> RunStopped:
-    """Return what a loop raises after it has saved because of a signal."""
-    reason = f"checkpointed at step {run.step} on {run.stop.requested or 'a signal to another rank'}"
+    """Return what a loop raises after it has saved because of a signal or the time limit."""
+    cause = run.stop.requested or run.limit.reason or "a signal to another rank, or its time limit"
+    reason = f"checkpointed at step {run.step} on {cause}"
     return RunStopped(REQUEUE, reason, run.step)

@@ -74,11 +74,11 @@ def test_an_expected_ending_is_one_line(call, capsys, error, code, line):
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), OSError(28, "No space left"), BrokenPipeError(32, "a worker")])
 def test_anything_else_is_a_crash_with_a_traceback(call, capfd, error):
-    assert call(fails_with(error), "c.yaml") == main.CRASHED
+    assert call(fails_with(error), "c.yaml") == errors.CRASHED
     said = capfd.readouterr().err
     assert "Traceback" in said
     assert type(error).__name__ in said
-    assert main.CRASHED not in (0, 1, 2, 17, 85)
+    assert errors.CRASHED not in (0, 1, 2, 17, 85)
 
 
 def test_where_a_value_error_came_from_can_be_asked_for(call, capsys, monkeypatch):

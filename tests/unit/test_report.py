@@ -352,6 +352,18 @@ def test_metrics_of_a_run_are_read_once_per_step(full_run):
     assert [step for step, _ in read_metrics(full_run)] == list(range(40))
 
 
+def test_the_rank_that_most_often_held_the_others_up(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step, (rank, ratio, excess_s) in enumerate(
+        [(1, 2.0, 3.0), (0, 9.0, 3.0), (1, 4.0, 3.0), (1, 1.2, 3.0), (2, 8.0, 0.1)]
+    ):
+        slow = {"straggler/rank": rank, "straggler/phase": 1, "straggler/ratio": ratio, "straggler/excess_s": excess_s}
+        writer.write(step, {"perf/step_s": 10.0, **slow})
+    writer.close()
+    row = ("slowest rank", "rank 1 in rollout, 3.0 times the others' median in 2 of 5 steps")
+    assert facts.slow_rank(load_run(tmp_path)) == [row]
+
+
 def test_a_model_card(full_run, tmp_path):
     card = model_card(full_run, "my | model")
     text = card["README.md"].decode()
