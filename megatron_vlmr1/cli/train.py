@@ -34,6 +34,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("config", help="YAML file, or the name of one that came with the package")
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start here (default: tensor x pipeline)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and what it costs, then stop")
+    parser.add_argument(
+        "--allow-config-change",
+        action="store_true",
+        help="continue a run whose config was changed, and list the changes",
+    )
     add_overrides(parser)
     parser.set_defaults(run=run)
 
@@ -47,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     cfg = load_config(args.config, args.overrides)
     if identity() is not None and not args.dry_run:
-        return _be_a_rank(cfg)
+        return _be_a_rank(cfg, args.allow_config_change)
     check_inputs(cfg, rank_count(cfg, args.nproc))
     if args.dry_run:
         sys.stdout.write(config.dump(cfg))
@@ -57,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     check_data(cfg)
     with held(Path(cfg.run_dir)):
         pass  # to be told at once; rank 0 holds it while it runs
-    return run_here(cfg, args.nproc, ["train", args.config, *args.overrides], new_attempt(cfg.run_dir))
+    flags = ["--allow-config-change"] if args.allow_config_change else []
+    return run_here(cfg, args.nproc, ["train", args.config, *flags, *args.overrides], new_attempt(cfg.run_dir))
 
 
 def _print_plan(cfg: Config, nproc: int | None) -> None:
@@ -81,7 +87,7 @@ def _warn_of_absent_data(cfg: Config) -> None:
         logger.warning("%s", error)
 
 
-def _be_a_rank(cfg: Config) -> int:
+def _be_a_rank(cfg: Config, allow_config_change: bool) -> int:
     stop = StopFlag()  # before the slow imports: from here on a signal asks for a checkpoint
     import torch.distributed as dist
 
@@ -92,7 +98,7 @@ def _be_a_rank(cfg: Config) -> int:
     with joined(cfg.parallel, cfg.seed) as mesh:
         log_dir = log_directory(cfg.run_dir)
         try:
-            done = train(cfg, mesh, stop)
+            done = train(cfg, mesh, stop, allow_config_change)
         except RunStopped as stopped:
             if mesh.rank == 0:
                 _write_outcome(log_dir, str(stopped), stopped.code, stopped.step)

@@ -1,12 +1,13 @@
 """`vlmr1` on a disk that fails: as each checkpoint is written, one rank cannot write one file.
 
 Called as ``failing_disk.py PLAN WORDS…``; PLAN has one entry for each attempt to save, ``RANK:NAME`` for a file whose
-name begins with NAME, or ``-`` for an attempt that succeeds; attempts after the last entry succeed.
+name begins with NAME (``tensor``: one of the optimizer's), or ``-`` for an attempt that succeeds; attempts after the last entry succeed.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def break_disk(plan: list[str]) -> None:
     import torch
     from safetensors import SafetensorError
 
-    from megatron_vlmr1.checkpoint import state, writer
+    from megatron_vlmr1.checkpoint import state
     from megatron_vlmr1.train.checkpoints import Checkpoints
 
     broken = ""
@@ -39,10 +40,10 @@ def break_disk(plan: list[str]) -> None:
 
         return save_file
 
-    def in_cpp(data: Any, path: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(path, str | Path) and full(path):
+    def in_cpp(data: Any, stream: Any, *args: Any, **kwargs: Any) -> None:
+        if full(getattr(stream, "name", "")) or (broken == "tensor" and not isinstance(stream, io.BytesIO)):
             raise RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed\nwriting file")
-        torch_save(data, path, *args, **kwargs)
+        torch_save(data, stream, *args, **kwargs)
 
     original, torch_save = Checkpoints.save, torch.save
 
@@ -50,13 +51,16 @@ def break_disk(plan: list[str]) -> None:
         nonlocal broken
         rank, _, name = (plan.pop(0) if plan else "-").partition(":")
         broken = name if rank == os.environ["RANK"] else ""
+        before = self.failures
         try:
-            return original(self, *args)
+            original(self, *args)
+            self.close()  # wait for threads, while the disk is broken
+            return self.failures <= before
         finally:
             broken = ""
 
     Checkpoints.save = save
-    state.save_file, writer.save_file, torch.save = in_rust(state.save_file), in_rust(writer.save_file), in_cpp
+    state.save_file, torch.save = in_rust(state.save_file), in_cpp
     sys.addaudithook(audit)
 
 

@@ -13,7 +13,7 @@ from megatron_vlmr1.checkpoint.locate import hf_directory
 from megatron_vlmr1.data.feed import truncate_ledger
 from megatron_vlmr1.data.index import ShardSet
 from megatron_vlmr1.telemetry.metrics import read_metrics
-from megatron_vlmr1.train.checkpoints import check_config
+from megatron_vlmr1.train.changes import check_config
 from tests import jobs
 
 
