@@ -40,6 +40,8 @@ class Save:
         Raises:
             OSError: some rank could not begin; the same line on every rank.
         """
+        if self._staging is not None:
+            self._staging.begin()
         hf, other = self.temporary / "hf", self.temporary / "state"
         writer.stage(self._policy.chunks, source, hf, self._writes, self._staging)
         self._sharded = state.stage(self._policy, optimizer, progress, other, kind, self._writes, self._staging)

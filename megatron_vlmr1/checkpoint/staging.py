@@ -28,6 +28,10 @@ class Staging:
         """Bytes of host memory held."""
         return sum(tensor.nbytes for tensor in self._held.values())
 
+    def begin(self) -> None:
+        """Begin to stage a save; nothing of the one before is needed any more."""
+        self._used = set()
+
     def empty(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Return the buffer of that name for the save that is being staged; contiguous, with any content."""
         assert key not in self._used, key
@@ -47,7 +51,6 @@ class Staging:
         if device.has_cuda():
             torch.cuda.synchronize()
         self._held = {key: self._held[key] for key in self._used}
-        self._used = set()
 
     def clear(self) -> None:
         """Give the memory back."""

@@ -13,8 +13,8 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint.background import Writes
@@ -190,10 +190,7 @@ def _write_progress(text: str, path: Path) -> list[Path]:
 
 
 def _write_generators(states: dict[str, torch.Tensor], path: Path) -> list[Path]:
-    try:
-        save_file(states, path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+    path.write_bytes(safetensors_bytes(states))
     return [path]
 
 
@@ -230,6 +227,7 @@ def _initialise(optimizer: MegatronOptimizer) -> None:
                 }
 
 
+@torch.no_grad()
 def _restore(optimizer: MegatronOptimizer, state: dict[str, Any], kind: str) -> None:
     """Load the optimizer's state.
 

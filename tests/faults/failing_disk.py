@@ -1,7 +1,8 @@
 """`vlmr1` on a disk that fails: as each checkpoint is written, one rank cannot write one file.
 
 Called as ``failing_disk.py PLAN WORDS…``; PLAN has one entry for each attempt to save, ``RANK:NAME`` for a file whose
-name begins with NAME (``tensor``: one of the optimizer's), or ``-`` for an attempt that succeeds; attempts after the last entry succeed.
+name begins with NAME, or ``-`` for an attempt that succeeds; attempts after the last entry succeed. ``RANK:tensor``
+fails in the middle of the optimizer's file, as torch says it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,7 @@ from megatron_vlmr1.cli.main import main
 
 def break_disk(plan: list[str]) -> None:
     import torch
-    from safetensors import SafetensorError
 
-    from megatron_vlmr1.checkpoint import state
     from megatron_vlmr1.train.checkpoints import Checkpoints
 
     broken = ""
@@ -32,16 +31,8 @@ def break_disk(plan: list[str]) -> None:
         if event in ("open", "os.mkdir") and isinstance(arguments[0], str | Path) and full(arguments[0]):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
 
-    def in_rust(original: Any) -> Any:
-        def save_file(tensors: Any, path: Path, *args: Any, **kwargs: Any) -> None:
-            if full(path):
-                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-            original(tensors, path, *args, **kwargs)
-
-        return save_file
-
     def in_cpp(data: Any, stream: Any, *args: Any, **kwargs: Any) -> None:
-        if full(getattr(stream, "name", "")) or (broken == "tensor" and not isinstance(stream, io.BytesIO)):
+        if broken == "tensor" and not isinstance(stream, io.BytesIO):
             raise RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed\nwriting file")
         torch_save(data, stream, *args, **kwargs)
 
@@ -60,7 +51,7 @@ def break_disk(plan: list[str]) -> None:
             broken = ""
 
     Checkpoints.save = save
-    state.save_file, torch.save = in_rust(state.save_file), in_cpp
+    torch.save = in_cpp
     sys.addaudithook(audit)
 
 
