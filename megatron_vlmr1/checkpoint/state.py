@@ -15,6 +15,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint.background import Writes
@@ -115,7 +117,7 @@ def load(policy: Policy, optimizer: MegatronOptimizer, directory: Path) -> dict[
     _initialise(optimizer)
     with guarded(source) as metadata:
         progress = _read_progress(directory / "progress.json")
-        kind = _kind(metadata)
+        kind = _kind(metadata, source)
         if kind == "dp_reshardable":
             _check_same_parts(progress, policy, directory)
         _check_width(progress, policy, directory)
@@ -123,6 +125,9 @@ def load(policy: Policy, optimizer: MegatronOptimizer, directory: Path) -> dict[
             state = dist_checkpointing.load(_sharded(policy, optimizer, kind, is_loading=True), str(source))
         except UnpicklingError as error:
             raise ValueError(f"{source}: refused before loading: {' '.join(str(error).split())[:300]}") from error
+        except CheckpointException as error:  # no Exception to Python
+            why = "; ".join(str(reason) for reason, _ in error.failures.values())
+            raise ValueError(f"{source}: refused: {' '.join(why.split())[:300]}") from error
     _restore(optimizer, state["optimizer"], kind)
     generators = directory / f"rng_{policy.mesh.rank:05d}.safetensors"
     if generators.is_file():
@@ -157,9 +162,11 @@ def _check_width(progress: dict[str, Any], policy: Policy, directory: Path) -> N
         )
 
 
-def _kind(metadata: Any) -> str:
-    names = getattr(metadata, "state_dict_metadata", {})
-    return "dp_reshardable" if any(str(name).startswith(_BY_BUCKET) for name in names) else "fully_reshardable"
+def _kind(metadata: Any, source: Path) -> str:
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{source / '.metadata'}: refused: not the metadata of a checkpoint")
+    by_bucket = any(str(name).startswith(_BY_BUCKET) for name in metadata.state_dict_metadata)
+    return "dp_reshardable" if by_bucket else "fully_reshardable"
 
 
 def _check_same_parts(progress: dict[str, Any], policy: Policy, directory: Path) -> None:

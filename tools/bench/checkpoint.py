@@ -75,7 +75,7 @@ def be_a_rank(folder: Path, args: argparse.Namespace) -> None:
         for name in common.chosen(args, CASES):
             ours, peer = side.sides(name)
             pairs = common.alternate(ours, peer, args.pairs)
-            found[name] = {"pairs": pairs, "setting": side.setting(name)}
+            found[name] = {"pairs": pairs, "setting": side.setting(name) if mesh.rank == 0 else ""}
         if mesh.rank == 0:
             (folder / "found.json").write_text(json.dumps(found))
 
@@ -113,6 +113,7 @@ class Side:
     def whole(self, way: str, later: bool) -> float:
         """Save a whole checkpoint; return the seconds that training waits."""
         import torch
+        import torch.distributed as dist
 
         from megatron_vlmr1 import config
         from megatron_vlmr1.train.checkpoints import Checkpoints
@@ -132,6 +133,7 @@ class Side:
             while checkpoints.under_way:
                 for _ in range(50):
                     a = (a @ a).clamp_(0, 1)
+                dist.barrier()  # as ranks meet in a step
                 start = time.perf_counter()
                 checkpoints.poll()
                 waited += time.perf_counter() - start
