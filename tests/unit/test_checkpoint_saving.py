@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint import state
 from megatron_vlmr1.checkpoint.background import Writes
 from megatron_vlmr1.checkpoint.staging import Staging
@@ -166,3 +167,25 @@ def test_a_save_that_takes_no_optimizer_apart_names_the_layout(tiny, tmp_path):
     says = "dp_reshardable, .* at parallel.tensor_model_parallel_size=3, not 1, parallel.pipeline_model_parallel_size=2"
     with pytest.raises(ValueError, match=says):
         state.load(tiny.policy, tiny.optimizer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"keep_best": {"metric": "reward/mean"}}, "train.keep_best.better: Field required"),
+        ({"keep_best": {"metric": "evaluate/test/accuracy", "better": "higher"}}, "no split of that name"),
+        ({"keep_best": {"metric": "evaluate/val/accuracy", "better": "higher"}}, "train.evaluate_every=0 steps, which"),
+        (
+            {
+                "keep_best": {"metric": "evaluate/val/accuracy", "better": "higher"},
+                **{"evaluate_every": 4, "save_every": 6},
+            },
+            "must divide train.save_every=6",
+        ),
+        ({"optimizer_format": "dp_zero"}, "train.optimizer_format: Input should be 'dp_reshardable' or"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, says):
+    raw = {"model": {"path": "x"}, "data": {"train": "x", "evaluate": {"val": "x"}}, "train": settings}
+    with pytest.raises(ValueError, match=says):
+        config.parse(raw, "test")
