@@ -42,11 +42,12 @@ def break_disk(plan: list[str]) -> None:
         nonlocal broken
         rank, _, name = (plan.pop(0) if plan else "-").partition(":")
         broken = name if rank == os.environ["RANK"] else ""
-        before = self.failures
         try:
             original(self, *args)
-            self.close()  # wait for threads, while the disk is broken
-            return self.failures <= before
+            if self._flight is not None:  # threads write, while the disk is broken
+                self._flight.save._writes.wait()
+                self.poll()
+            return self.failures == 0
         finally:
             broken = ""
 
