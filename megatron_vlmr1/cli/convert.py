@@ -203,6 +203,9 @@ def _shard_bytes(args: argparse.Namespace) -> int:
 
 
 def _roundtrip(args: argparse.Namespace) -> int:
+    from megatron_vlmr1.runtime import device
+
+    device.prepare_megatron()  # before megatron-core is imported
     from megatron_vlmr1.checkpoint.convert import check_roundtrip, roundtrip
     from megatron_vlmr1.launch.local import rank_command
     from megatron_vlmr1.runtime.ranks import identity

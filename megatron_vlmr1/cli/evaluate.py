@@ -66,6 +66,9 @@ def _folder(cfg: Config) -> Path:
 
 
 def _be_a_rank(cfg: Config, label: str) -> int:
+    from megatron_vlmr1.runtime import device
+
+    device.prepare_megatron()  # before megatron-core is imported
     from megatron_vlmr1.checkpoint.locate import hf_directory
     from megatron_vlmr1.data.cache import open_cache
     from megatron_vlmr1.data.index import ShardSet

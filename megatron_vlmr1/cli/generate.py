@@ -84,6 +84,9 @@ def _answer(args: argparse.Namespace, cfg: Config) -> dict[str, Any] | None:
     """Return the answer on rank 0, None on the others."""
     from dataclasses import replace
 
+    from megatron_vlmr1.runtime import device
+
+    device.prepare_megatron()  # before megatron-core is imported
     from megatron_vlmr1.checkpoint.locate import hf_directory
     from megatron_vlmr1.parallel.job import joined
     from megatron_vlmr1.rollout.actor import Actor

@@ -91,6 +91,9 @@ def _be_a_rank(cfg: Config, allow_config_change: bool) -> int:
     stop = StopFlag()  # before the slow imports: from here on a signal asks for a checkpoint
     import torch.distributed as dist
 
+    from megatron_vlmr1.runtime import device
+
+    device.prepare_megatron()  # before megatron-core is imported
     from megatron_vlmr1.parallel.job import joined
     from megatron_vlmr1.train import grpo, sft
 

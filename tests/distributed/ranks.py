@@ -1,21 +1,24 @@
-"""Functions of tests on several gloo ranks, or in this process alone.
-
-As a program: one rank of such a job.
-"""
+"""Functions of tests on several gloo ranks, or in this process alone."""
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import json
+import multiprocessing
+import multiprocessing.connection
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_vlmr1.config import ParallelConfig
-from megatron_vlmr1.launch.local import log_path, run_ranks
+from megatron_vlmr1.launch.local import GRACE_S, log_path
 from megatron_vlmr1.runtime import device, distributed
+from megatron_vlmr1.runtime.children import die_with_parent
 
 TIMEOUT_S = 60
 LAYOUTS = {
@@ -46,11 +49,53 @@ REPLAYED = ("tp2", "pp2", "pp2_vp2", "dp2")  # take ten steps
 def run(nproc: int, function: Callable[..., None], directory: Path, **arguments: Any) -> None:
     """Call `function(directory, **arguments)` on `nproc` ranks; the arguments go through JSON."""
     name = f"{function.__module__}:{function.__name__}"
-    command = [sys.executable, "-m", "tests.distributed.ranks", name, str(directory), json.dumps(arguments)]
     logs = directory / f"logs_{function.__name__}"
-    code = run_ranks(nproc, command, logs, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    logs.mkdir(exist_ok=True)
+    shared = {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1"}
+    shared["VLMR1_INIT_METHOD"] = (logs / f"rendezvous_{time.time_ns()}").as_uri()
+    server = multiprocessing.get_context("forkserver")  # ranks that need not import what all of them need
+    server.set_forkserver_preload(["tests.distributed.preloaded"])
+    processes = []
+    for rank in range(nproc):
+        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        work = (name, str(directory), json.dumps(arguments), variables, str(log_path(logs, rank)))
+        processes.append(server.Process(target=be_rank, args=work))
+        processes[-1].start()
+    codes = _wait(processes)
     tails = {rank: log_path(logs, rank).read_text()[-3000:] for rank in range(nproc)}
-    assert code == 0, "\n".join([f"{name}: exit code {code}", *(f"--- rank {r}\n{tail}" for r, tail in tails.items())])
+    assert set(codes) == {0}, "\n".join([f"{name}: {codes}", *(f"--- rank {r}\n{tail}" for r, tail in tails.items())])
+
+
+def _wait(processes: list[Any]) -> list[int]:
+    """Wait for all, or kill the others soon after one has failed."""
+    waiting = list(processes)
+    while waiting:
+        sentinels = {process.sentinel: process for process in waiting}
+        for sentinel in multiprocessing.connection.wait(sentinels):
+            process = sentinels[sentinel]
+            process.join()
+            waiting.remove(process)
+            if process.exitcode != 0:
+                for other in waiting:
+                    other.join(GRACE_S)
+                    other.kill()
+    return [process.exitcode for process in processes]
+
+
+def be_rank(name: str, directory: str, arguments: str, variables: dict[str, str], log: str) -> None:
+    """Be one rank, in a process forked from one with all imports."""
+    die_with_parent()
+    os.environ.update(variables)
+    with open(log, "wb") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    faulthandler.enable()
+    device.prepare_megatron()
+    distributed.start(TIMEOUT_S)
+    module, _, function = name.partition(":")
+    getattr(importlib.import_module(module), function)(Path(directory), **json.loads(arguments))
+    distributed.stop()
 
 
 @contextmanager
@@ -77,17 +122,3 @@ def alone() -> Iterator[Any]:
             yield mesh
     finally:
         distributed.stop()
-
-
-def main() -> None:
-    """Be one rank."""
-    name, directory, arguments = sys.argv[1:]
-    device.prepare_megatron()
-    distributed.start(TIMEOUT_S)
-    module, _, function = name.partition(":")
-    getattr(importlib.import_module(module), function)(Path(directory), **json.loads(arguments))
-    distributed.stop()
-
-
-if __name__ == "__main__":
-    main()

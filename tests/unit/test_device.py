@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from types import FunctionType
 
 import pytest
@@ -19,6 +21,7 @@ REDIRECTED = (
     *((torch, name) for name in ("tensor", "zeros", "ones", "empty", "full", "arange")),
     *((torch.Tensor, name) for name in ("cuda", "to", "type")),
     (torch.nn.Module, "cuda"),
+    (torch, "compile"),
     (dist, "barrier"),
 )
 
@@ -33,6 +36,22 @@ def test_the_device_is_the_cpu():
     assert not device.has_cuda()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(0)
+
+
+def test_nothing_is_compiled():
+    def double(x):
+        return 2 * x
+
+    assert torch.compile(double) is double and torch.compile(dynamic=True)(double) is double
+
+
+def test_megatron_is_imported_without_the_compiler():
+    code = (
+        "import sys; from megatron_vlmr1.runtime import device; device.prepare_megatron();"
+        "import megatron_vlmr1.train.grpo; print([m for m in ('torch._dynamo', 'torch._inductor') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("name", NAMES, ids=str)
@@ -170,7 +189,7 @@ def test_nothing_is_redirected_where_there_is_cuda(monkeypatch):
     assert called == []
     monkeypatch.setattr(device, "has_cuda", lambda: False)
     device.prepare_megatron()
-    assert len(called) == 5
+    assert len(called) == 6
 
 
 def test_modules_with_redirected_tensors_can_be_copied():

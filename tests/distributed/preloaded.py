@@ -1,0 +1,8 @@
+"""What every rank of a test imports, imported once, in the process that ranks are forked from."""
+
+from megatron_vlmr1.runtime import device
+
+device.prepare_megatron()
+
+from megatron_vlmr1.train import grpo, sft  # noqa: E402, F401
+from tests.distributed import work  # noqa: E402, F401
