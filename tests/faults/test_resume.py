@@ -35,7 +35,7 @@ def weights_changed_by(factor: float, directory: Path) -> None:
     save_file({name: tensor * factor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_what_a_resumed_run_repeats_and_refuses(tmp_path: Path) -> None:
     shards = jobs.build_shards(tmp_path, "train", 8)
     damage(shards, range(0, 8, 2))
