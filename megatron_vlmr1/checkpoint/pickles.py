@@ -78,17 +78,17 @@ def read_metadata(directory: Path) -> Any:
 
 
 @contextmanager
-def guarded(directory: Path) -> Iterator[None]:
-    """Check the metadata of a megatron-core checkpoint; within the block `torch.load` builds known types only.
+def guarded(directory: Path) -> Iterator[Any]:
+    """Check the metadata of a megatron-core checkpoint and yield it; `torch.load` builds known types only meanwhile.
 
     Raises:
         ValueError: the metadata names a class outside the allow-list, or is no pickle; nothing was built.
     """
-    read_metadata(directory)
+    metadata = read_metadata(directory)
     former = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
-        yield
+        yield metadata
     finally:
         if former is None:
             del os.environ[_FORCE]

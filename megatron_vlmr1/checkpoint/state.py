@@ -4,29 +4,53 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: S403 - the exception only
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_vlmr1.checkpoint import sharded
+from megatron_vlmr1 import config
+from megatron_vlmr1.checkpoint.background import Writes
 from megatron_vlmr1.checkpoint.pickles import guarded
+from megatron_vlmr1.checkpoint.sharded import Sharded
+from megatron_vlmr1.checkpoint.staging import Staging
+from megatron_vlmr1.config import ParallelConfig
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.models.shape import padded
 from megatron_vlmr1.runtime import device, distributed
 
 logger = logging.getLogger(__name__)
 
-# Resharding over any layout; megatron-core gathers each buffer on data-parallel rank 0 for it.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+FORMATS = ("dp_reshardable", "fully_reshardable")  # of the optimizer, as megatron-core names them
+_BY_BUCKET = "optimizer.distributed.dp_group_idx_"  # begins the names of tensors in dp_reshardable
 
 
-def save(policy: Policy, optimizer: MegatronOptimizer, progress: dict[str, Any], directory: Path) -> None:
+def sharding(kind: str) -> dict[str, Any]:
+    """Return what megatron-core wants to be told of an optimizer format, for manifests too.
+
+    ``dp_reshardable``: each rank writes its own part as it lies, and only the data-parallel size may change.
+    ``fully_reshardable``: each data-parallel group gathers its buffers first, and any layout may go on.
+    """
+    assert kind in FORMATS, kind
+    return {"distrib_optim_sharding_type": kind, "distrib_optim_fully_reshardable_mem_efficient": False}
+
+
+def save(
+    policy: Policy,
+    optimizer: MegatronOptimizer,
+    progress: dict[str, Any],
+    directory: Path,
+    kind: str = "fully_reshardable",
+) -> None:
     """Write the state into an existing directory; all ranks call it.
 
     Args:
@@ -34,18 +58,52 @@ def save(policy: Policy, optimizer: MegatronOptimizer, progress: dict[str, Any],
         optimizer: its optimizer.
         progress: what `load` returns again: JSON values, the same on all ranks.
         directory: on a file system that all ranks share.
+        kind: of the optimizer's format, as in `sharding`.
 
     Raises:
         OSError: some rank could not write; the same line on every rank.
     """
+    writes = Writes(directory, later=False)
+    staged = stage(policy, optimizer, progress, directory, kind, writes, None)
+    writes.start()
+    problem, _ = writes.wait()
+    distributed.agree(problem)
+    results = distributed.gathered(staged.results)
+    distributed.together(lambda: staged.finish(results), only_first=True)
+
+
+def stage(
+    policy: Policy,
+    optimizer: MegatronOptimizer,
+    progress: dict[str, Any],
+    directory: Path,
+    kind: str,
+    writes: Writes,
+    staging: Staging | None,
+) -> Sharded:
+    """Add each rank's part of what `save` writes to `writes`; all ranks call it, then the first one `finish`.
+
+    Args:
+        policy: as `save`, and so are `optimizer`, `progress`, `directory` and `kind`.
+        writes: takes what this rank writes.
+        staging: memory for a copy of the optimizer's state; None where it stays as it is until it is written.
+
+    Raises:
+        OSError: some rank could not begin; the same line on every rank.
+    """
     optimizer_directory = directory / "optimizer"
-    distributed.agree(_write_own(progress, directory, optimizer_directory, policy.mesh.rank))
+    distributed.together(optimizer_directory.mkdir, only_first=True)
+    rank = policy.mesh.rank
+    if rank == 0:
+        text = json.dumps(progress, indent=1) + "\n"
+        writes.add(partial(_write_progress, text, directory / "progress.json"))
+    writes.add(partial(_write_generators, _generators(), directory / f"rng_{rank:05d}.safetensors"))
     _initialise(optimizer)  # there may have been no step yet
-    sharded.save(_sharded(policy, optimizer, is_loading=False), optimizer_directory)
+    return Sharded(_sharded(policy, optimizer, kind, is_loading=False), optimizer_directory, writes, staging)
 
 
 def load(policy: Policy, optimizer: MegatronOptimizer, directory: Path) -> dict[str, Any]:
-    """Restore what `save` wrote, on any layout that pads the model alike. The weights must be loaded before.
+    """Restore what `save` wrote, on a layout that the optimizer's format allows. The weights must be loaded before.
 
     Generators are restored where this rank had some; a rank that is new keeps its seed.
 
@@ -53,18 +111,24 @@ def load(policy: Policy, optimizer: MegatronOptimizer, directory: Path) -> dict[
         The progress that was saved.
 
     Raises:
-        ValueError: the state is not what `save` writes, or of a model that was padded to another size.
+        ValueError: the state is not what `save` writes, or does not fit this layout; one line.
     """
     source = directory / "optimizer"
     _initialise(optimizer)
-    with guarded(source):
+    with guarded(source) as metadata:
         progress = _read_progress(directory / "progress.json")
+        kind = _kind(metadata, source)
+        if kind == "dp_reshardable":
+            _check_same_parts(progress, policy, directory)
         _check_width(progress, policy, directory)
         try:
-            state = dist_checkpointing.load(_sharded(policy, optimizer, is_loading=True), str(source))
+            state = dist_checkpointing.load(_sharded(policy, optimizer, kind, is_loading=True), str(source))
         except UnpicklingError as error:
             raise ValueError(f"{source}: refused before loading: {' '.join(str(error).split())[:300]}") from error
-    _restore(optimizer, state["optimizer"])
+        except CheckpointException as error:  # no Exception to Python
+            why = "; ".join(str(reason) for reason, _ in error.failures.values())
+            raise ValueError(f"{source}: refused: {' '.join(why.split())[:300]}") from error
+    _restore(optimizer, state["optimizer"], kind)
     generators = directory / f"rng_{policy.mesh.rank:05d}.safetensors"
     if generators.is_file():
         saved = load_file(generators)
@@ -98,21 +162,63 @@ def _check_width(progress: dict[str, Any], policy: Policy, directory: Path) -> N
         )
 
 
-def _write_own(progress: dict[str, Any], directory: Path, optimizer_directory: Path, rank: int) -> str:
-    """Write this rank's own files; return what went wrong, or nothing."""
+def _kind(metadata: Any, source: Path) -> str:
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{source / '.metadata'}: refused: not the metadata of a checkpoint")
+    by_bucket = any(str(name).startswith(_BY_BUCKET) for name in metadata.state_dict_metadata)
+    return "dp_reshardable" if by_bucket else "fully_reshardable"
+
+
+def _check_same_parts(progress: dict[str, Any], policy: Policy, directory: Path) -> None:
+    """Refuse to resume from parts of the model that this layout cuts differently."""
     try:
-        if rank == 0:
-            optimizer_directory.mkdir()
-            (directory / "progress.json").write_text(json.dumps(progress, indent=1) + "\n", encoding="utf-8")
-        save_file(_generators(), directory / f"rng_{rank:05d}.safetensors")
-    except (OSError, SafetensorError) as error:
-        return str(error)
-    return ""
+        saved = config.parse_parallel(progress["config"]["parallel"], f"{directory}/progress.json")
+    except (KeyError, TypeError):
+        return  # not a run's
+    before, now = _cut(saved), _cut(policy.mesh.layout)
+    if before != now:
+        differs = ", ".join(
+            f"parallel.{key}={before[key]}, not {now[key]}" for key in before if before[key] != now[key]
+        )
+        raise ValueError(
+            f"{directory}: its optimizer state was saved as dp_reshardable, for another data-parallel size only, at "
+            f"{differs}: resume with that, or save once with that and train.optimizer_format=fully_reshardable"
+        )
 
 
-def _sharded(policy: Policy, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
+def _cut(layout: ParallelConfig) -> dict[str, Any]:
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
+    return {name: getattr(layout, name) for name in (*names, "pipeline_layers")}
+
+
+def _write_progress(text: str, path: Path) -> list[Path]:
+    path.write_text(text, encoding="utf-8")
+    return [path]
+
+
+def _write_generators(states: dict[str, torch.Tensor], path: Path) -> list[Path]:
+    path.write_bytes(safetensors_bytes(states))
+    return [path]
+
+
+def _sharded(policy: Policy, optimizer: MegatronOptimizer, kind: str, is_loading: bool) -> dict[str, Any]:
     model = {f"chunk_{i}": chunk.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
-    return {"optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=SHARDING)}
+    state = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=sharding(kind))
+    if kind == "dp_reshardable" and not is_loading:
+        _clear_padding(state["param_state"])
+    return {"optimizer": state}
+
+
+def _clear_padding(param_state: dict[Any, Any]) -> None:
+    """Write zeros between parameters, where megatron-core has whatever was in memory: files shall be reproducible."""
+    buffers = (by_dtype for index, by_dtype in param_state.items() if isinstance(index, int))
+    for part in (
+        part for by_dtype in buffers for buckets in by_dtype.values() for bucket in buckets for part in bucket
+    ):
+        if part["padding"].unwrap():
+            for value in part.values():
+                if isinstance(value, ShardedTensor):
+                    value.data.zero_()
 
 
 def _initialise(optimizer: MegatronOptimizer) -> None:
@@ -128,18 +234,20 @@ def _initialise(optimizer: MegatronOptimizer) -> None:
                 }
 
 
-def _restore(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+@torch.no_grad()
+def _restore(optimizer: MegatronOptimizer, state: dict[str, Any], kind: str) -> None:
     """Load the optimizer's state.
 
     With torch's Adam (no Transformer Engine, no apex) megatron-core 0.16 looks for a "step" among the saved tensors,
-    where it is not, and gives all parameters one and the same step tensor, which each of them would then advance.
+    where it is not or is this process's own, and gives all parameters one and the same step tensor, which each of them
+    would then advance.
     """
     (inner,) = optimizer.chained_optimizers
     param_state = state.pop("param_state")
     optimizer.load_state_dict(state)
     torch_state = [s for s in inner.optimizer.state.values() if isinstance(s.get("step"), torch.Tensor)]
     steps = [s.pop("step").clone() for s in torch_state]
-    inner.load_parameter_state_from_fully_reshardable(param_state)
+    getattr(inner, f"load_parameter_state_from_{kind}")(param_state)
     for parameter_state, step in zip(torch_state, steps, strict=True):
         parameter_state["step"] = step
 

@@ -16,9 +16,10 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,40 @@ _STEP = re.compile(r"step_(0|[1-9]\d{0,17})", re.ASCII)
 _LEFTOVER = re.compile(r"(step_\d+|latest)\.tmp-[0-9a-f]+", re.ASCII)
 _REPLACED = re.compile(r"(step_\d+)\.old-[0-9a-f]+", re.ASCII)
 
+Listing = dict[str, dict[str, Any]]
+"""Size and sha256 of files, by their paths below a directory, with slashes."""
+
 logger = logging.getLogger(__name__)
 
 
-class Store:
-    """The checkpoints of one run, in `directory`, of which the newest `keep` stay.
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay; whatever it says, the newest one does.
 
-    Only one process (rank 0) may call `clean`, `begin`, `publish` and `discard`; all ranks write files into the
-    directory that `begin` returned. On a filesystem shared by several nodes each node calls `flush_tree` on what it
-    wrote before rank 0 publishes.
+    Attributes:
+        last: so many of the newest ones.
+        every: those whose step is a multiple of it; 0 none.
+        best: the one with the best value among the `figures` of its facts, as a name and whether higher is better; of
+            equal ones the newest.
     """
 
-    def __init__(self, directory: str | Path, keep: int) -> None:
-        assert keep >= 1, "at least one checkpoint stays"
+    last: int
+    every: int = 0
+    best: tuple[str, bool] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.last >= 1, "at least one checkpoint stays"
+
+
+class Store:
+    """The checkpoints of one run, in `directory`, of which those stay that `keep` names.
+
+    Only one process (rank 0) may call `clean`, `begin`, `publish` and `discard`; all ranks write files into the
+    directory that `begin` returned. On a filesystem shared by several nodes each rank calls `prove` on what it wrote,
+    and rank 0 hands that to `publish`.
+    """
+
+    def __init__(self, directory: str | Path, keep: Keep) -> None:
         self.directory = Path(directory)
         self.keep = keep
 
@@ -94,7 +116,7 @@ class Store:
         assert _LEFTOVER.fullmatch(temporary.name), temporary
         shutil.rmtree(temporary, ignore_errors=True)
 
-    def publish(self, step: int, temporary: Path, facts: Mapping[str, Any]) -> Path:
+    def publish(self, step: int, temporary: Path, facts: Mapping[str, Any], proven: Listing | None = None) -> Path:
         """Make the files in `temporary` the checkpoint of `step`, then prune. All ranks have finished writing.
 
         A checkpoint of the same step is replaced.
@@ -104,6 +126,7 @@ class Store:
             temporary: what `begin` returned, filled.
             facts: JSON values that go into the manifest beside ``step``, ``created`` and ``files``: layout, digest of
                 the config and the like.
+            proven: files that are flushed and hashed already, as `prove` returned them.
 
         Returns:
             The published directory.
@@ -117,8 +140,8 @@ class Store:
         link = self.directory / f"{LATEST}.tmp-{secrets.token_hex(4)}"
         with ExitStack() as undo:
             undo.callback(self.discard, temporary)
-            flush_tree(temporary)
-            _write_manifest(temporary, step, facts)
+            files = _prove_rest(temporary, proven or {})
+            _write_manifest(temporary, step, facts, files)
             undo.callback(link.unlink, missing_ok=True)
             link.symlink_to(target.name)  # here, so that only renames are left, which need no space on the disk
             if target.exists():
@@ -149,14 +172,31 @@ class Store:
 
     def _prune(self, published: int) -> None:
         # Steps above the published one are of a course that was given up; they must not crowd out this one's.
-        older = [step for step in self.steps() if step < published]
-        for step in older[: max(0, len(older) - (self.keep - 1))]:
+        course = [step for step in self.steps() if step <= published]
+        stay = {*course[-self.keep.last :], self._best(course)}
+        stay |= {step for step in course if self.keep.every and step % self.keep.every == 0}
+        for step in sorted(set(course) - stay):
             try:
                 # Renamed first, so that a crash in the middle can't leave a step with half its files.
                 gone = self.path(step).rename(self.directory / f"step_{step}.tmp-{secrets.token_hex(4)}")
                 shutil.rmtree(gone)
             except OSError as error:
                 logger.warning("old checkpoint %s could not be removed: %s", self.path(step), error)
+
+    def _best(self, steps: Iterable[int]) -> int | None:
+        """Return the step with the best figure, as the manifests tell; None where none has one."""
+        if self.keep.best is None:
+            return None
+        name, higher = self.keep.best
+        found: list[tuple[float, int]] = []
+        for step in steps:
+            try:
+                value = read_manifest(self.path(step)).get("figures", {}).get(name)
+            except ValueError:
+                continue  # damaged: `newest_valid` says so where it matters
+            if value is not None:
+                found.append((float(value) if higher else -float(value), step))
+        return max(found)[1] if found else None
 
 
 def verify(path: str | Path) -> list[str]:
@@ -213,24 +253,48 @@ def flush_tree(directory: Path) -> None:
     """
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         list(pool.map(_flush, _walk(directory)))
-    for folder, _, _ in os.walk(directory, topdown=False):
-        _flush(Path(folder))
+    _flush_folders(directory)
 
 
-def _write_manifest(directory: Path, step: int, facts: Mapping[str, Any]) -> None:
-    files = sorted(_walk(directory))
-    assert not any(file.is_symlink() for file in files), "a checkpoint holds its own files"
+def prove(directory: Path, files: Iterable[Path]) -> Listing:
+    """Flush files below `directory` and hash them, for `Store.publish`.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    paths = sorted(files)
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        hashes = list(pool.map(_sha256, files))
+        list(pool.map(_flush, paths))
+        hashes = list(pool.map(_sha256, paths))
+    return {
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, hashes, strict=True)
+    }
+
+
+def _prove_rest(directory: Path, proven: Listing) -> Listing:
+    """Prove what is not yet proven, and ask the disk to keep the folders.
+
+    Raises:
+        OSError: the disk failed, or has not all of what was proven, perhaps by another node.
+    """
+    present = {file.relative_to(directory).as_posix(): file for file in _walk(directory)}
+    assert not any(file.is_symlink() for file in present.values()), "a checkpoint holds its own files"
+    for name, entry in proven.items():
+        if name not in present or present[name].stat().st_size != entry["size"]:
+            raise OSError(f"{directory / name}: not as it was written")
+    rest = prove(directory, [file for name, file in present.items() if name not in proven])
+    _flush_folders(directory)
+    return dict(sorted((proven | rest).items()))
+
+
+def _write_manifest(directory: Path, step: int, facts: Mapping[str, Any], files: Listing) -> None:
     manifest: dict[str, Any] = {
         "format": _FORMAT,
         "step": step,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **facts,
-        "files": {
-            file.relative_to(directory).as_posix(): {"size": file.stat().st_size, "sha256": digest}
-            for file, digest in zip(files, hashes, strict=True)
-        },
+        "files": files,
     }
     manifest["sha256"] = _digest(manifest)
     with (directory / MANIFEST).open("x", encoding="ascii") as out:
@@ -279,6 +343,11 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _flush_folders(directory: Path) -> None:
+    for folder, _, _ in os.walk(directory, topdown=False):
+        _flush(Path(folder))
 
 
 def _walk(directory: Path) -> Iterator[Path]:

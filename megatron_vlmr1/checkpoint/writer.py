@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from megatron_vlmr1.checkpoint.background import Writes
+from megatron_vlmr1.checkpoint.staging import Staging
+from megatron_vlmr1.checkpoint.tensorfile import Entry, as_bytes, header
 from megatron_vlmr1.checkpoint.weights import HfWeights, parameter_pieces
 from megatron_vlmr1.models import families
+from megatron_vlmr1.models.shape import VlmShape
 from megatron_vlmr1.models.vlm import VlmModel
 from megatron_vlmr1.runtime import distributed
 
@@ -22,7 +26,6 @@ _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.bin.index.json", _INDEX)
 
 
-@torch.no_grad()
 def save(chunks: Sequence[VlmModel], source: Path, target: Path) -> None:
     """Write the model as a Hugging Face directory: weights as they are in memory, other files as in `source`.
 
@@ -38,18 +41,47 @@ def save(chunks: Sequence[VlmModel], source: Path, target: Path) -> None:
     Raises:
         OSError: some rank could not write; raised on every rank.
     """
-    first = chunks[0]
-    problem = _write_stage(chunks, target) if first.mesh.dp_rank == 0 else ""
+    writes = Writes(target, later=False)
+    stage(chunks, source, target, writes, None)
+    writes.start()
+    problem, _ = writes.wait()
     distributed.agree(problem)
-    if first.mesh.rank == 0:
-        try:
-            copy_side_files(source, target)
-            name_dtype(target, first.dtype)
-            _name_shards(target)
-            HfWeights(target).check(first.shape)
-        except (OSError, ValueError, SafetensorError) as error:
-            problem = str(error)
-    distributed.agree(problem)
+    distributed.together(lambda: finish(target, chunks[0].shape), only_first=True)
+
+
+@torch.no_grad()
+def stage(chunks: Sequence[VlmModel], source: Path, target: Path, writes: Writes, staging: Staging | None) -> None:
+    """Gather what `save` writes, and add each rank's part to `writes`; all ranks call it, then the first one `finish`.
+
+    Args:
+        chunks: this rank's part of the model.
+        source: the Hugging Face directory of config, tokenizer and processor files.
+        target: an empty directory on a file system that all ranks share.
+        writes: takes what this rank writes.
+        staging: memory for the whole of it; None gathers it a shard at a time, for writes that are done at once.
+    """
+    mesh = chunks[0].mesh
+    if mesh.rank == 0:
+        writes.add(partial(_write_side_files, source, target, chunks[0].dtype))
+    if mesh.dp_rank == 0:
+        _stage_weights(chunks, target, writes, staging)
+
+
+def finish(target: Path, shape: VlmShape) -> dict[str, str]:
+    """Name the shards and write their index, once all ranks have written; the first rank calls it.
+
+    Returns:
+        The names that shards had, and those that they have now.
+
+    Raises:
+        OSError: the disk failed, or a shard is not whole.
+    """
+    try:
+        renamed = _name_shards(target)
+        HfWeights(target).check(shape)
+    except (ValueError, SafetensorError) as error:
+        raise OSError(str(error)) from error
+    return renamed
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -71,34 +103,41 @@ def name_dtype(target: Path, dtype: torch.dtype) -> None:
         path.write_text(json.dumps({**config, key: name}, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_stage(chunks: Sequence[VlmModel], target: Path) -> str:
-    """Write this stage's tensors, a new file whenever one is full; all ranks of the stage call it.
+def _write_side_files(source: Path, target: Path, dtype: torch.dtype) -> list[Path]:
+    copy_side_files(source, target)
+    name_dtype(target, dtype)
+    return [path for path in target.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
 
-    Returns:
-        What went wrong on this rank, or nothing.
-    """
+
+def _stage_weights(chunks: Sequence[VlmModel], target: Path, writes: Writes, staging: Staging | None) -> None:
+    """Add this stage's shards to `writes`, a new one whenever one is full; all ranks of the stage call it."""
     shard: dict[str, torch.Tensor] = {}
     size = number = 0
-    problem = ""
 
-    def flush() -> str:
+    def add_shard() -> None:
         file = target / f"stage-{chunks[0].mesh.pp_rank:05d}-{number:05d}.safetensors"
-        try:
-            save_file(shard, file, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            return f"{file}: {error}"
-        return ""
+        writes.add(partial(_write_shard, file, shard))
 
-    for name, tensor in (found for chunk in chunks for found in _whole_tensors(chunk)):
+    for name, tensor in (found for chunk in chunks for found in _whole_tensors(chunk, staging)):
         if shard and size + tensor.nbytes > MAX_SHARD_BYTES:
-            problem = problem or flush()
+            add_shard()
             shard, size, number = {}, 0, number + 1
         shard[name] = tensor
         size += tensor.nbytes
-    return (problem or flush()) if shard else problem
+    if shard:
+        add_shard()
 
 
-def _whole_tensors(model: VlmModel) -> Iterator[tuple[str, torch.Tensor]]:
+def _write_shard(file: Path, tensors: dict[str, torch.Tensor]) -> list[Path]:
+    """Write a safetensors file; not by safetensors' own means, which copy all of it and let no other thread run."""
+    with file.open("xb") as out:
+        out.write(header([Entry(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]))
+        for tensor in tensors.values():
+            out.write(as_bytes(tensor))
+    return [file]
+
+
+def _whole_tensors(model: VlmModel, staging: Staging | None) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a chunk's tensors under their published names, on the stage's first tensor-parallel rank only.
 
     Every Hugging Face tensor lies within one parameter, so it is whole once that parameter is gathered.
@@ -114,7 +153,7 @@ def _whole_tensors(model: VlmModel) -> Iterator[tuple[str, torch.Tensor]]:
                 length = piece.stop - piece.start
                 if piece.name is not None:
                     if piece.name not in whole:
-                        whole[piece.name] = torch.empty(sizes[piece.name], dtype=model.dtype)
+                        whole[piece.name] = _empty(piece.name, sizes[piece.name], model.dtype, staging)
                     window = whole[piece.name].narrow(piece.dim, piece.start, length)
                     window.copy_(part.narrow(piece.dim, start, length))
                 start += length
@@ -122,6 +161,10 @@ def _whole_tensors(model: VlmModel) -> Iterator[tuple[str, torch.Tensor]]:
         second_copy = model.shape.text.tied and not model.pre_process and "model.embed_tokens.weight" in whole
         if mesh.tp_rank == 0 and not second_copy:
             yield from whole.items()
+
+
+def _empty(name: str, shape: Sequence[int], dtype: torch.dtype, staging: Staging | None) -> torch.Tensor:
+    return torch.empty(tuple(shape), dtype=dtype) if staging is None else staging.empty(f"hf {name}", shape, dtype)
 
 
 def _gather(local: torch.Tensor, model: VlmModel) -> list[torch.Tensor]:
@@ -132,15 +175,15 @@ def _gather(local: torch.Tensor, model: VlmModel) -> list[torch.Tensor]:
     return parts or []
 
 
-def _name_shards(target: Path) -> None:
+def _name_shards(target: Path) -> dict[str, str]:
     """Give the stages' files their published names, and write the index where there are several."""
     files = sorted(target.glob("stage-*.safetensors"))
-    for file in files:
-        file.chmod(0o644)  # safetensors makes files that only their owner may read
-    for i, file in enumerate(files, start=1):
-        file.rename(target / shard_name(i, len(files)))
+    renamed = {file.name: shard_name(i, len(files)) for i, file in enumerate(files, start=1)}
+    for old, new in renamed.items():
+        (target / old).rename(target / new)
     if len(files) > 1:
         write_index(target)
+    return renamed
 
 
 def shard_name(number: int, count: int) -> str:

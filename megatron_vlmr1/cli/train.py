@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_ALLOW = "--allow-config-change"
+
 _EPILOG = """\
 example, on the data that the quickstart made:
   vlmr1 train configs/quickstart.yaml --nproc 2 run_dir=runs/short train.steps=20
@@ -35,6 +37,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start here (default: tensor x pipeline)")
     parser.add_argument("--retry", action="store_true", help="start although the same step failed three times in a row")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and what it costs, then stop")
+    parser.add_argument(
+        _ALLOW,
+        action="store_true",
+        help="continue a run whose config was changed, and list the changes",
+    )
     add_overrides(parser)
     parser.set_defaults(run=run)
 
@@ -48,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     cfg = load_config(args.config, args.overrides)
     if identity() is not None and not args.dry_run:
-        return _be_a_rank(cfg, args.retry)
+        return _be_a_rank(cfg, args.retry, args.allow_config_change)
     check_inputs(cfg, rank_count(cfg, args.nproc))
     if args.dry_run:
         sys.stdout.write(config.dump(cfg))
@@ -58,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     check_data(cfg)
     with held(Path(cfg.run_dir)):
         pass  # to be told at once; rank 0 holds it while it runs
-    words = ["train", args.config, *args.overrides, *(["--retry"] if args.retry else [])]
-    return run_here(cfg, args.nproc, words, new_attempt(cfg.run_dir))
+    flags = [flag for flag, given in (("--retry", args.retry), (_ALLOW, args.allow_config_change)) if given]
+    return run_here(cfg, args.nproc, ["train", args.config, *flags, *args.overrides], new_attempt(cfg.run_dir))
 
 
 def _print_plan(cfg: Config, nproc: int | None) -> None:
@@ -83,7 +90,7 @@ def _warn_of_absent_data(cfg: Config) -> None:
         logger.warning("%s", error)
 
 
-def _be_a_rank(cfg: Config, retry: bool) -> int:
+def _be_a_rank(cfg: Config, retry: bool, allow_config_change: bool) -> int:
     stop = StopFlag()  # before the slow imports: from here on a signal asks for a checkpoint
     import torch.distributed as dist
 
@@ -100,7 +107,7 @@ def _be_a_rank(cfg: Config, retry: bool) -> int:
         try:
             _check_crash_loop(log_dir, retry)
             with Watchdog(log_dir, mesh.rank, mesh.world, cfg.parallel.timeout_s):
-                done = train(cfg, mesh, stop)
+                done = train(cfg, mesh, stop, allow_config_change)
         except RunStopped as stopped:
             if mesh.rank == 0:
                 attempts.write_outcome(log_dir, str(stopped), stopped.code, stopped.step)

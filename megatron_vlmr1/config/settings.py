@@ -262,6 +262,15 @@ def _seconds(value: Any) -> Any:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
+class KeepBestConfig(Section):
+    """Which checkpoint is the best one."""
+
+    metric: str
+    """A metric of the checkpoint's own step, such as evaluate/val/accuracy; without it a checkpoint cannot be best."""
+    better: Literal["higher", "lower"]
+    """Which values of it are better."""
+
+
 class TrainConfig(Section):
     """Length of the run and size of a step."""
 
@@ -277,8 +286,17 @@ class TrainConfig(Section):
     """Exchange groups between data-parallel ranks before the update, so that each has about as much to compute."""
     save_every: NonNegativeInt = 100
     """Checkpoint after every so many steps, and after the last; 0 saves only the last."""
+    async_save: bool = True
+    """Let threads write periodic checkpoints while training goes on; costs host memory for a copy of one."""
+    optimizer_format: Literal["dp_reshardable", "fully_reshardable"] = "dp_reshardable"
+    """Of periodic and signals' checkpoints. dp_reshardable: quick, but only the data-parallel size may change on
+    resume; fully_reshardable: any layout can go on from it, as from the last one of a run, which always is."""
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that are kept."""
+    keep_every: NonNegativeInt = 0
+    """Never remove the checkpoint of a step that is a multiple of this; 0 spares none."""
+    keep_best: KeepBestConfig | None = None
+    """Never remove the best checkpoint by this metric, either."""
     evaluate_every: NonNegativeInt = 0
     """Evaluate on data.evaluate after every so many steps; 0 never."""
     exit_before: Annotated[PositiveFloat | None, BeforeValidator(_seconds)] = None
@@ -341,6 +359,19 @@ class Config(Section):
             raise ValueError("debug.* is about rollouts: it needs method=grpo")
         if self.debug.replay_rollouts is not None and self.train.evaluate_every:
             raise ValueError("debug.replay_rollouts starts no rewards: it needs train.evaluate_every=0")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Config:
+        best, every = self.train.keep_best, self.train.evaluate_every
+        if best is not None and best.metric.startswith("evaluate/"):
+            if best.metric.split("/")[1] not in self.data.evaluate:
+                raise ValueError(f"train.keep_best.metric={best.metric}: no split of that name in data.evaluate")
+            if not every or self.train.save_every % every:
+                raise ValueError(
+                    f"train.keep_best.metric={best.metric} is measured every train.evaluate_every={every} steps, which "
+                    f"must divide train.save_every={self.train.save_every}"
+                )
         return self
 
     @model_validator(mode="after")

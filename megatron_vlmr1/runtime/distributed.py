@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.runtime.ranks import Identity, identity
+
+T = TypeVar("T")
 
 
 def start(timeout_s: int) -> Identity:
@@ -86,6 +89,16 @@ def any_rank(flag: bool) -> bool:
     value = torch.tensor([float(flag)], device=device.device())
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return bool(value)
+
+
+def gathered(mine: T) -> list[T]:
+    """Return every rank's object on the first rank, an empty list on the others; all ranks call it.
+
+    Between ranks of one job only: objects travel as pickles.
+    """
+    out: list[Any] = [None] * dist.get_world_size() if is_first() else []
+    dist.gather_object(mine, out or None)
+    return out
 
 
 def place() -> tuple[int, int]:

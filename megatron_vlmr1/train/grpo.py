@@ -22,7 +22,7 @@ from megatron_vlmr1.train.work import even_out, work_metrics
 from megatron_vlmr1.types import Group, Prompt
 
 
-def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
+def train(cfg: Config, mesh: Mesh, stop: StopFlag, allow_config_change: bool = False) -> Run:
     """Run GRPO to `train.steps`, from the newest checkpoint of the run directory if it has one.
 
     Raises:
@@ -30,7 +30,7 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
         RunStopped: checkpointed on a signal (85), or stopped itself (17).
     """
     with ExitStack() as stack:
-        run = Run(cfg, mesh, stop, stack)
+        run = Run(cfg, mesh, stop, stack, allow_config_change)
         update = GrpoUpdate(run.updater, run.reference, run.timers)
         for step in range(run.step, cfg.train.steps):
             batch = Batch(cfg.train.prompts_per_step, cfg.grpo.dynamic_sampling_rounds, run.feed.consumed)

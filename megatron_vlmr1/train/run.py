@@ -49,7 +49,9 @@ from megatron_vlmr1.train.stragglers import Stragglers
 class Run:
     """One training run on this rank."""
 
-    def __init__(self, cfg: Config, mesh: Mesh, stop: StopFlag, stack: ExitStack) -> None:
+    def __init__(
+        self, cfg: Config, mesh: Mesh, stop: StopFlag, stack: ExitStack, allow_config_change: bool = False
+    ) -> None:
         """Check the data, load the model, start the judges; `stack` ends what was started.
 
         Raises:
@@ -66,7 +68,8 @@ class Run:
         remote = open_cache(cfg.data)
         self.shards = Mixture.open(cfg.data.sources, remote)
         self.splits = {name: ShardSet.open(path, remote) for name, path in cfg.data.evaluate.items()}
-        self.checkpoints = Checkpoints(cfg, mesh)
+        self.checkpoints = Checkpoints(cfg, mesh, allow_config_change)
+        stack.push(self._end_saving)
         resumed = self.checkpoints.newest()
         source = hf_directory(cfg.model.path, check=mesh.rank == 0)
         self.actor = Actor(source, cfg, mesh)
@@ -109,6 +112,13 @@ class Run:
         if isinstance(error, RunStopped) and error.step is None:
             error.step = self.step
 
+    def _end_saving(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        """Wait for a checkpoint that is under way where all ranks stop together."""
+        if isinstance(error, RunStopped):
+            self.checkpoints.close()
+
     def _lock(self, stack: ExitStack) -> None:
         problem = ""
         if self.mesh.rank == 0:
@@ -144,29 +154,34 @@ class Run:
         metrics |= self.timers.take() | {"perf/step_s": now - self._started, "data/consumed": self.feed.consumed}
         metrics |= self.stragglers.compare(metrics, here.take_waits(), metrics["perf/step_s"])
         metrics |= self._rates(metrics) | nvml.device_metrics()
+        metrics["checkpoint/save_failures"] = self.checkpoints.failures
         self._started = now
         if self.metrics is not None:
             self.metrics.write(step, metrics)
             console.print_line(step, cfg.steps, metrics)
         # After the metrics, so that a checkpoint's steps are all on record; its time counts in the next step.
-        if last or stopping or (cfg.save_every and self.step % cfg.save_every == 0):
+        save = last or stopping or (cfg.save_every > 0 and self.step % cfg.save_every == 0)
+        if save or self.checkpoints.under_way:
             with self.timers("save_exposed"):
-                self._save(must=last or stopping)
+                self.checkpoints.poll()
+                if save:
+                    self._save(metrics, last, wait=last or stopping)
         return stopping and not last
 
     def _should_stop(self) -> bool:
         """Whether this rank has had a signal, or sees that another step would end too late."""
-        save_s = self.timers.seconds("save_exposed")
-        self.limit.note(time.perf_counter() - self._started - save_s, save_s)
+        step_s = time.perf_counter() - self._started - self.timers.seconds("save_exposed")
+        self.limit.note(step_s, self.checkpoints.save_s)
         return self.stop.requested is not None or self.limit.is_near(self._evaluates(self.step + 1))
 
     def _evaluates(self, step: int) -> bool:
         every = self.cfg.train.evaluate_every
         return bool(every) and step % every == 0
 
-    def _save(self, must: bool) -> None:
+    def _save(self, metrics: dict[str, float], last: bool, wait: bool) -> None:
         """Save; the last checkpoint of an attempt is tried again until it is there or the run stops itself."""
-        while not self.checkpoints.save(self.actor, self.optimizer, self._progress()) and must:
+        args = self.actor, self.optimizer, self._progress(), metrics, last, wait
+        while not self.checkpoints.save(*args) and wait:
             continue
 
     def _rates(self, metrics: dict[str, float]) -> dict[str, float]:
@@ -206,6 +221,7 @@ class Run:
             "scored": stats.get("scored", 0),
             "shards_read": sorted(read),
             "data_sha256": self.shards.digest(),
+            "config_changes": self.checkpoints.config_changes,
             **self.weights_sha256,
         }
         write_atomic(self.run_dir / "facts.json", (json.dumps(facts, indent=1) + "\n").encode())

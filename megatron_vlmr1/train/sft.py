@@ -23,7 +23,7 @@ from megatron_vlmr1.train.work import even_out, work_metrics
 from megatron_vlmr1.types import Prompt, Sample
 
 
-def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
+def train(cfg: Config, mesh: Mesh, stop: StopFlag, allow_config_change: bool = False) -> Run:
     """Run SFT to `train.steps`, from the newest checkpoint of the run directory if it has one.
 
     Raises:
@@ -31,7 +31,7 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag) -> Run:
         RunStopped: checkpointed on a signal (85), or stopped itself (17).
     """
     with ExitStack() as stack:
-        run = Run(cfg, mesh, stop, stack)
+        run = Run(cfg, mesh, stop, stack, allow_config_change)
         for step in range(run.step, cfg.train.steps):
             with run.timers("data"):
                 groups = packed(run, run.feed.next(cfg.train.prompts_per_step))

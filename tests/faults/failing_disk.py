@@ -1,12 +1,14 @@
 """`vlmr1` on a disk that fails: as each checkpoint is written, one rank cannot write one file.
 
 Called as ``failing_disk.py PLAN WORDS…``; PLAN has one entry for each attempt to save, ``RANK:NAME`` for a file whose
-name begins with NAME, or ``-`` for an attempt that succeeds; attempts after the last entry succeed.
+name begins with NAME, or ``-`` for an attempt that succeeds; attempts after the last entry succeed. ``RANK:tensor``
+fails in the middle of the optimizer's file, as torch says it.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from pathlib import Path
@@ -17,9 +19,7 @@ from megatron_vlmr1.cli.main import main
 
 def break_disk(plan: list[str]) -> None:
     import torch
-    from safetensors import SafetensorError
 
-    from megatron_vlmr1.checkpoint import state, writer
     from megatron_vlmr1.train.checkpoints import Checkpoints
 
     broken = ""
@@ -31,18 +31,10 @@ def break_disk(plan: list[str]) -> None:
         if event in ("open", "os.mkdir") and isinstance(arguments[0], str | Path) and full(arguments[0]):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[0]))
 
-    def in_rust(original: Any) -> Any:
-        def save_file(tensors: Any, path: Path, *args: Any, **kwargs: Any) -> None:
-            if full(path):
-                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-            original(tensors, path, *args, **kwargs)
-
-        return save_file
-
-    def in_cpp(data: Any, path: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(path, str | Path) and full(path):
+    def in_cpp(data: Any, stream: Any, *args: Any, **kwargs: Any) -> None:
+        if broken == "tensor" and not isinstance(stream, io.BytesIO):
             raise RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed\nwriting file")
-        torch_save(data, path, *args, **kwargs)
+        torch_save(data, stream, *args, **kwargs)
 
     original, torch_save = Checkpoints.save, torch.save
 
@@ -51,12 +43,16 @@ def break_disk(plan: list[str]) -> None:
         rank, _, name = (plan.pop(0) if plan else "-").partition(":")
         broken = name if rank == os.environ["RANK"] else ""
         try:
-            return original(self, *args)
+            original(self, *args)
+            if self._flight is not None:  # threads write, while the disk is broken
+                self._flight.save._writes.wait()
+                self.poll()
+            return self.failures == 0
         finally:
             broken = ""
 
     Checkpoints.save = save
-    state.save_file, writer.save_file, torch.save = in_rust(state.save_file), in_rust(writer.save_file), in_cpp
+    torch.save = in_cpp
     sys.addaudithook(audit)
 
 

@@ -9,20 +9,23 @@ from pathlib import Path
 import pytest
 
 from megatron_vlmr1.launch.local import run_ranks
+from megatron_vlmr1.telemetry.metrics import read_metrics
 from tests import jobs
 
 # Every file that one rank alone may fail to write, each survived, two failures in a row at most.
 SURVIVED = ["0:progress.json", "1:rng_", "-", "0:common.pt", "1:__1_", "-", "0:.metadata", "0:metadata.json", "-"]
-SURVIVED += ["0:stage-", "0:state", "-", "0:manifest"]
+SURVIVED += ["0:stage-", "0:state", "-", "0:manifest", "1:tensor", "-", "0:optimizer", "0:config.json"]
 FATAL = ["0:progress.json"] * 3
 
 
+@pytest.mark.parametrize("async_save", [False, True], ids=["at once", "in threads"])
 @pytest.mark.timeout(200)
 def test_failed_saves_are_survived_and_three_in_a_row_are_not(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], async_save: bool
 ) -> None:
     shards = jobs.build_shards(tmp_path, "train", 16)
     settings = {"steps": 30, "save_every": 1, "sample_every": 0, "prompts_per_step": 2, "keep_checkpoints": 99}
+    settings["async_save"] = async_save
     config = jobs.write_config(tmp_path, shards, train=settings, rollout={"num_generations": 2, "max_new_tokens": 4})
     script = str(Path(__file__).with_name("failing_disk.py"))
     plan = [*SURVIVED, "-", *FATAL]
@@ -41,6 +44,10 @@ def test_failed_saves_are_survived_and_three_in_a_row_are_not(
     )
     assert published == [step for step, fault in enumerate(plan, start=1) if fault == "-"]
     assert not list((tmp_path / "run/checkpoints").glob("*.tmp-*"))
+    failures = {step: int(row["checkpoint/save_failures"]) for step, row in read_metrics(tmp_path / "run")}
+    assert failures[0] == 0
+    for step, fault in enumerate(plan[:-1], start=1):
+        assert failures[step] == (0 if fault == "-" else failures[step - 1] + 1), step
     last = len(plan)
     stopped = [line for line in said.splitlines() if "3 checkpoints in a row could not be saved" in line]
     assert len(stopped) == 1 and stopped[0].endswith(f"(step {last}, exit code 17)"), said

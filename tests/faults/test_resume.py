@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from megatron_vlmr1.checkpoint.locate import hf_directory
 from megatron_vlmr1.data.feed import truncate_ledger
 from megatron_vlmr1.data.index import ShardSet
 from megatron_vlmr1.telemetry.metrics import read_metrics
-from megatron_vlmr1.train.checkpoints import check_config
+from megatron_vlmr1.train.changes import check_config
 from tests import jobs
 
 
@@ -34,7 +35,7 @@ def weights_changed_by(factor: float, directory: Path) -> None:
     save_file({name: tensor * factor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_what_a_resumed_run_repeats_and_refuses(tmp_path: Path) -> None:
     shards = jobs.build_shards(tmp_path, "train", 8)
     damage(shards, range(0, 8, 2))
@@ -68,6 +69,7 @@ def test_what_a_resumed_run_repeats_and_refuses(tmp_path: Path) -> None:
         assert [row[name] for _, row in again] == [row[name] for _, row in first], name
 
     shutil.rmtree(run / "checkpoints/step_2")
+    pinned = (reference / "model.safetensors").read_bytes()
     weights_changed_by(1.01, reference)
     for words, says in (
         ([], f"model.reference_path={reference}: not the weights that {run} was started with"),
@@ -75,6 +77,15 @@ def test_what_a_resumed_run_repeats_and_refuses(tmp_path: Path) -> None:
     ):
         code, output = jobs.run("train", written, *words)
         assert code == 2 and says in output, output
+    (reference / "model.safetensors").write_bytes(pinned)
+    code, output = jobs.run("train", written, "--allow-config-change", "rollout.num_generations=3")
+    assert code == 0, output
+    change = "rollout.num_generations=4, not 3"
+    assert f"config change let pass: {run} was started with {change}" in output
+    assert json.loads((run / "facts.json").read_text())["config_changes"] == [f"step 1: {change}"]
+    code, output = jobs.run("train", written, "rollout.num_generations=3", "train.steps=3")  # it remembers
+    assert code == 0, output
+    assert json.loads((run / "facts.json").read_text())["config_changes"] == [f"step 1: {change}"]
 
 
 def test_a_config_of_another_version_is_compared_by_its_meaning(
@@ -92,6 +103,46 @@ def test_a_config_of_another_version_is_compared_by_its_meaning(
     saved["rollout"]["min_p"] = 0.5
     with pytest.raises(ValueError, match="was started with rollout.min_p=0.5, not 0.0"):
         check_config(cfg, saved)
+
+
+def test_every_changed_key_is_shown_and_some_may_be_let_pass(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = config.load(jobs.write_config(tmp_path, tmp_path))
+    saved = cfg.model_dump(mode="json")
+    saved["rollout"]["temperature"], saved["optimizer"]["lr"], saved["train"]["save_every"] = 0.5, 1e-9, 77
+    lines = ["optimizer.lr=1e-09, not 0.0007", "rollout.temperature=0.5, not 1.0"]
+    with pytest.raises(ValueError, match="pass --allow-config-change") as refused:
+        check_config(cfg, saved)
+    assert str(refused.value) == (
+        f"{tmp_path / 'run'} was started with {'; '.join(lines)}: use another run_dir, or the old values to go on, or "
+        "pass --allow-config-change"
+    )
+    assert not caplog.records
+    assert check_config(cfg, saved, allow=True) == lines
+    assert [record.message for record in caplog.records] == [
+        f"config change let pass: {tmp_path / 'run'} was started with {line}" for line in lines
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("method", "sft"), ("task", "math"), ("seed", 5), ("precision", "bf16"), ("model.path", "elsewhere")),
+        *(("model.freeze_vision", True), ("data.train", "other"), ("data.lanes", 4), ("data.shuffle_window", 9)),
+    ],
+)
+def test_what_may_never_change(tmp_path: Path, key: str, value: object) -> None:
+    cfg = config.load(jobs.write_config(tmp_path, tmp_path))
+    saved = cfg.model_dump(mode="json")
+    saved["optimizer"]["lr"] = 1e-9
+    section, _, name = key.rpartition(".")
+    (saved[section] if section else saved)[name] = value
+    with pytest.raises(
+        ValueError, match=f"was started with {key}={value}, not [^;]*: use another run_dir, or the old va"
+    ):
+        check_config(cfg, saved, allow=True)
+    with pytest.raises(ValueError, match=f"{key}={value}, not ") as refused:
+        check_config(cfg, saved)
+    assert "optimizer.lr=1e-09" in str(refused.value) and "--allow" not in str(refused.value)
 
 
 def test_ledgers_are_cut_where_the_run_resumes(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_a_killed_rank_ends_the_job_and_the_next_start_resumes_bit_for_bit(
 ) -> None:
     config = jobs.write_config(tmp_path, shards)
     job = jobs.start("train", config, "--nproc", 2)
-    jobs.wait_for(job, "step 3/4")
+    jobs.wait_for(job, "checkpoint of step 2")
     everyone = descendants(job.pid)
     killed = time.monotonic()
     ranks(job.pid)[1].send_signal(signal.SIGKILL)

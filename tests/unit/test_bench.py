@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.tiny import write_tiny_checkpoint_files
-from tools.bench import common, convert, grpo_step, logprobs, rewards, rollout, stream, tiny, update
+from tools.bench import checkpoint, common, convert, grpo_step, logprobs, rewards, rollout, stream, tiny, update
 
 
 def test_a_case_is_the_median_of_the_pairs_ratios():
@@ -168,3 +168,9 @@ def test_the_stream_is_measured(tmp_path, capsys):
     assert all(case.ours > 0 and case.peer > 0 for case in cases.values())
     assert "bits equal" in cases["processor"].setting and "5000 samples" in cases["seek"].setting
     assert capsys.readouterr().out == ""
+
+
+def test_the_checkpoint_benchmark_says_what_a_rank_shall_do():
+    args = checkpoint.arguments(["--case", "async", "--run", "somewhere", "--json"])
+    assert (args.run, args.ranks, common.chosen(args, checkpoint.CASES)) == (Path("somewhere"), 2, ["async"])
+    assert checkpoint.resident("VmHWM") >= checkpoint.resident("VmRSS") > 10

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vlmr1.checkpoint import store as module
-from megatron_vlmr1.checkpoint.store import MANIFEST, Store, read_manifest, verify
+from megatron_vlmr1.checkpoint.store import MANIFEST, Keep, Store, read_manifest, verify
 
 FACTS = {"layout": {"tensor_model_parallel_size": 2}, "config_digest": "ab12"}
 CALLS = ("fsync", "rename", "replace", "symlink", "unlink", "rmdir")  # the os functions that change or keep the disk
@@ -36,7 +36,7 @@ def names(directory: Path) -> list[str]:
 
 
 def test_published_checkpoint_and_its_manifest(tmp_path):
-    store = Store(tmp_path / "checkpoints", keep=2)
+    store = Store(tmp_path / "checkpoints", Keep(2))
     temporary = store.begin(3)
     assert temporary.name.startswith("step_3.tmp-")
     fill(temporary, "three")
@@ -69,7 +69,7 @@ def test_every_file_and_directory_is_flushed_before_the_rename(tmp_path, monkeyp
 
     monkeypatch.setattr(os, "fsync", seen_fsync)
     monkeypatch.setattr(os, "rename", seen_rename)
-    save(Store(tmp_path, keep=1), 1)
+    save(Store(tmp_path, Keep(1)), 1)
     before, after = events[: events.index("-> step_1")], events[events.index("-> step_1") + 1 :]
     assert set(before) == {"model.safetensors", "empty.json", "rng.bin", "hf", "rank", "state", "step_1", MANIFEST}
     assert before.index(MANIFEST) > before.index("hf") > before.index("model.safetensors")
@@ -79,7 +79,7 @@ def test_every_file_and_directory_is_flushed_before_the_rename(tmp_path, monkeyp
 
 @pytest.mark.parametrize(("keep", "left"), [(1, [9]), (2, [7, 9]), (3, [5, 7, 9]), (9, [1, 3, 5, 7, 9])])
 def test_prune_keeps_the_newest(tmp_path, keep, left):
-    store = Store(tmp_path, keep)
+    store = Store(tmp_path, Keep(keep))
     for step in (1, 3, 5, 7, 9):
         save(store, step)
     assert store.steps() == left
@@ -87,7 +87,7 @@ def test_prune_keeps_the_newest(tmp_path, keep, left):
 
 
 def test_nothing_is_pruned_before_the_new_one_is_published(tmp_path, monkeypatch):
-    store = Store(tmp_path, keep=1)
+    store = Store(tmp_path, Keep(1))
     save(store, 1)
     temporary = store.begin(2)
     fill(temporary, "two")
@@ -104,7 +104,7 @@ def test_nothing_is_pruned_before_the_new_one_is_published(tmp_path, monkeypatch
 
 
 def test_steps_above_a_given_up_course_do_not_crowd_out_the_new_one(tmp_path):
-    store = Store(tmp_path, keep=2)
+    store = Store(tmp_path, Keep(2))
     for step in (4, 8):
         save(store, step)
     (tmp_path / "step_8" / "hf" / "model.safetensors").write_bytes(b"broken")
@@ -207,7 +207,7 @@ SPOILERS = [value for name, value in sorted(globals().items()) if name.startswit
 
 @pytest.mark.parametrize("spoil", SPOILERS)
 def test_damage_is_named_and_the_previous_checkpoint_taken(tmp_path, spoil):
-    store = Store(tmp_path / "run", keep=3)
+    store = Store(tmp_path / "run", Keep(3))
     for step in (0, 1, 2):
         save(store, step)
     problem = spoil(store.path(2))
@@ -222,7 +222,7 @@ def test_damage_is_named_and_the_previous_checkpoint_taken(tmp_path, spoil):
 
 
 def test_no_checkpoint_or_none_that_is_valid(tmp_path):
-    store = Store(tmp_path / "run", keep=1)
+    store = Store(tmp_path / "run", Keep(1))
     assert store.newest_valid() is None
     assert store.clean() == []
     save(store, 1)
@@ -233,7 +233,7 @@ def test_no_checkpoint_or_none_that_is_valid(tmp_path):
 
 
 def test_clean_removes_leftovers_and_nothing_else(tmp_path):
-    store = Store(tmp_path, keep=2)
+    store = Store(tmp_path, Keep(2))
     save(store, 1)
     fill(store.begin(2), "half")
     (tmp_path / "latest.tmp-0a1b").symlink_to("step_2")
@@ -245,7 +245,7 @@ def test_clean_removes_leftovers_and_nothing_else(tmp_path):
 
 
 def test_read_manifest_gives_the_facts(tmp_path):
-    path = save(Store(tmp_path, keep=1), 5)
+    path = save(Store(tmp_path, Keep(1)), 5)
     manifest = read_manifest(path)
     assert (manifest["step"], manifest["layout"], manifest["config_digest"]) == (5, FACTS["layout"], "ab12")
     with pytest.raises(ValueError, match="no manifest; not a published checkpoint"):
@@ -280,7 +280,7 @@ def test_a_disk_error_at_any_call_publishes_nothing_or_all(tmp_path, monkeypatch
 
     failures = 0
     for good in range(200):
-        store = Store(tmp_path / str(good), keep=2)
+        store = Store(tmp_path / str(good), Keep(2))
         save(store, 1, "one")
         save(store, 2, "two")
         step = 2 if again else 3
@@ -327,7 +327,7 @@ def publish_and_die(store: Store, step: int, good: int) -> int:
 def test_death_at_any_call_leaves_the_old_or_the_new(tmp_path, step):
     deaths = 0
     for good in range(200):
-        store = Store(tmp_path / str(good), keep=1)
+        store = Store(tmp_path / str(good), Keep(1))
         save(store, 1, "old")
         status = publish_and_die(store, step, good)
         assert status in (0, 9)

@@ -58,14 +58,15 @@ MODEL: dict[str, dict[str, Any]] = {
 }
 
 
-def write_model(directory: Path, vocab_size: int | None = None) -> Path:
+def write_model(directory: Path, vocab_size: int | None = None, **text_settings: Any) -> Path:
     """Write a whole Hugging Face directory with transformers' own seeded initialisation.
 
-    `vocab_size` None means the tokenizer's, rounded up. Large images are not resized.
+    `vocab_size` None means the tokenizer's, rounded up; other settings of the text model go over those of `MODEL`.
+    Large images are not resized.
     """
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-    text = MODEL["text_config"] | ({} if vocab_size is None else {"vocab_size": vocab_size})
+    text = MODEL["text_config"] | text_settings | ({} if vocab_size is None else {"vocab_size": vocab_size})
     build_checkpoint_files(directory, {**MODEL, "text_config": text})
     path = directory / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | {"max_pixels": 28 * 28 * 1280}, indent=2))
