@@ -21,7 +21,7 @@ _ROOM = "64m"  # for a few checkpoints of 19 MB; 8 and 24 MB have room for none,
 
 def full(field: Field) -> str:
     """A file system of 8 MB, which is given room and loses it again."""
-    with _mounted(field, "full", "8m") as directory:
+    with mounted(field.root / "full" / "checkpoints", "8m") as directory:
         if directory is None:
             return _injected(field, "full", "save-file", "ENOSPC")
         turns = {3: f"remount:size={_ROOM}@{directory}", 4: f"remount:size=24m@{directory}"}
@@ -30,7 +30,7 @@ def full(field: Field) -> str:
 
 def read_only(field: Field) -> str:
     """A directory that cannot be written for a while."""
-    with _mounted(field, "read_only", _ROOM) as directory:
+    with mounted(field.root / "read_only" / "checkpoints", _ROOM) as directory:
         if directory is None and os.geteuid() == 0:  # whom no mode stops
             return _injected(field, "read_only", "save-file", "EROFS")
         closed, opened = ("chmod:555", "chmod:755") if directory is None else ("remount:ro", "remount:rw")
@@ -66,10 +66,9 @@ def _survive(field: Field, name: str, faults: Sequence[Fault]) -> str:
 
 
 @contextmanager
-def _mounted(field: Field, name: str, size: str) -> Iterator[Path | None]:
-    """Put a file system in memory where a run's checkpoints go; None where that is not permitted."""
-    directory = field.root / name / "checkpoints"
-    directory.mkdir(parents=True)
+def mounted(directory: Path, size: str) -> Iterator[Path | None]:
+    """Put a file system in memory at `directory`, made if missing; yield None where that is not permitted."""
+    directory.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
     try:
         done = subprocess.run(command, capture_output=True, check=False)  # noqa: S603 - a list, of our own

@@ -39,8 +39,9 @@ ACTIONS = {
     "signal": "number",
     "oserror": "name, such as ENOSPC",
     "nan": "",  # loss: of the log-probs; gradient: of the last number of the gradient buffer
-    "flip": "",  # optimizer: a bit of the first parameter, after the step's gather
-    "flip-master": "",  # optimizer: a bit of the first fp32 master, after the step
+    "flip": "",  # after-step: a bit of the first parameter
+    "flip-master": "",  # after-step: a bit of the first fp32 master
+    "kill-at": "count",  # save: at its so-manieth file operation
     "remount": "options@directory",
     "chmod": "mode@directory",
 }

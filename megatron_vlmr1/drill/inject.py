@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import itertools
 import json
 import os
 import pkgutil
@@ -22,6 +23,7 @@ from megatron_vlmr1.drill.faults import POINTS, Fault
 
 FIRED = "VLMR1_DRILL_FIRED"  # the file that faults are written down in, just before they happen
 _RUN = "megatron_vlmr1.train.run:Run.__init__"
+_FILE_EVENTS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.chmod", "vlmr1.fsync"}
 _RANK_COMMAND = "megatron_vlmr1.launch.local:rank_command"
 
 Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -112,24 +114,48 @@ def _perform(action: str, original: Callable[..., Any], args: tuple[Any, ...], k
     if name in _BEFORE:
         _BEFORE[name](argument)
         return original(*args, **kwargs)
+    if name == "flip":
+        _flip_bit(args[0].actor.policy.ddp[0].buffers[0].param_data)
+    elif name == "flip-master":
+        groups = args[0].optimizer.chained_optimizers[0].shard_fp32_from_float16_groups
+        _flip_bit(next(shard for group in groups for shard in group if shard is not None))
+    elif name == "kill-at":
+        _kill_at_operation(int(argument))
     result = original(*args, **kwargs)
     if name == "nan" and isinstance(result, tuple):  # log-probs and entropy
         return result[0] * float("nan"), *result[1:]
     if name == "nan":
         args[0][-1].buffers[-1].grad_data[-1] = float("nan")
-    elif name == "flip":
-        _flip_bit(args[0].model_chunks[0].buffers[0].param_data)
-    elif name == "flip-master":
-        groups = args[0].shard_fp32_from_float16_groups
-        _flip_bit(next(shard for group in groups for shard in group if shard is not None))
     return result
 
 
 def _flip_bit(tensor: Any) -> None:
-    """Flip the lowest bit of the exponent's neighbour in the first number: finite before and after, and unlike."""
+    """Flip the lowest bit of the first number."""
+    import torch
+
     first = tensor.detach().view(-1)[:1]
-    integers = first.view(sys.modules["torch"].int16 if first.element_size() == 2 else sys.modules["torch"].int32)
-    integers ^= 1 << (6 if first.element_size() == 2 else 22)
+    integers = first.view(torch.int16 if first.element_size() == 2 else torch.int32)
+    integers ^= 1
+
+
+def _kill_at_operation(count: int) -> None:
+    """Kill this process as it begins its `count`-th operation on files from now on: what Python is told of, and fsync.
+
+    What native code opens and writes by itself falls between two of them.
+    """
+    done = itertools.count(1)
+
+    def operation(event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (writes or event in _FILE_EVENTS) and next(done) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def fsync(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sys.audit("vlmr1.fsync", *args)
+        original(*args, **kwargs)
+
+    wrap("os:fsync", fsync)
+    sys.addaudithook(operation)
 
 
 def _kill(_: str) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_vlmr1.data.rollouts import read_rollout
-from megatron_vlmr1.drill import digests
 from megatron_vlmr1.drill.field import Field
 from megatron_vlmr1.drill.jobs import need, succeed
 from megatron_vlmr1.telemetry.metrics import read_metrics
@@ -61,7 +59,6 @@ _PAIRS = {
 
 _TRAIN = {"prompts_per_step": 12, "save_every": SAVED_STEP, "steps": SAVED_STEP}
 _LONGER = _TRAIN | {"steps": SAVED_STEP + 1}
-_KEEP = {"save_rollouts": True}
 
 
 def every_pair(field: Field) -> str:
@@ -97,19 +94,11 @@ def own_processes(field: Field) -> str:
     """Save by one `vlmr1 train`, resume by another one on another layout."""
     logprobs = norm = 0.0
     for saved, others in _PAIRS.items():
-        name = f"cross_{saved.name}"
-        config = field.config(name, train=_LONGER, parallel=saved.settings, debug=_KEEP)
-        succeed(config, saved.ranks)
-        expected = _after_resume(field.root / name)
-        source = digests.checkpoint_path(field.root / name, SAVED_STEP)
+        succeed(field.config(f"cross_{saved.name}", train=_TRAIN, parallel=saved.settings), saved.ranks)
+        expected = _resumed(field, saved, saved)
         for other in others:
-            name = f"cross_{saved.name}_{other.name}"
-            target = digests.checkpoint_path(field.root / name, SAVED_STEP)
-            shutil.copytree(source, target)
-            config = field.config(name, train=_LONGER, parallel=other.settings, debug=_KEEP)
-            succeed(config, other.ranks)
-            keys, sampled, grad_norm = _after_resume(field.root / name)
-            need(keys == expected[0], f"{saved.name} -> {other.name}: other samples, or other completions of them")
+            samples, sampled, grad_norm = _resumed(field, saved, other)
+            need(samples == expected[0], f"{saved.name} -> {other.name}: other samples, or other completions of them")
             logprobs = max(logprobs, *(abs(a - b) for a, b in zip(sampled, expected[1], strict=True)))
             norm = max(norm, abs(grad_norm / expected[2] - 1))
     need(logprobs <= LOGPROB_LIMIT, f"next log-probs differ by {logprobs:.1e}")
@@ -117,8 +106,13 @@ def own_processes(field: Field) -> str:
     return f"6 pairs: same samples, next log-probs within {logprobs:.1e}, gradient norms within {norm:.1e}"
 
 
-def _after_resume(run_dir: Path) -> tuple[list[Any], list[float], float]:
-    """Return the samples of the step after the checkpoint with their completions, log-probs, and its gradient norm."""
+def _resumed(field: Field, saved: Layout, other: Layout) -> tuple[list[Any], list[float], float]:
+    """Resume on `other` for a step; return its samples with their completions, log-probs, and its gradient norm."""
+    name = f"cross_{saved.name}_{other.name}"
+    run_dir = field.root / name
+    source = field.root / f"cross_{saved.name}"
+    shutil.copytree(source / "checkpoints", run_dir / "checkpoints", symlinks=True)
+    succeed(field.config(name, train=_LONGER, parallel=other.settings, debug={"save_rollouts": True}), other.ranks)
     groups = sorted(read_rollout(run_dir / "rollouts", SAVED_STEP).items())
     samples = [(position, [c.token_ids.tolist() for c in group.completions]) for position, group in groups]
     logprobs = [value for _, group in groups for c in group.completions for value in c.logprobs.tolist()]
