@@ -15,7 +15,7 @@ import torch
 from megatron_vlmr1.checkpoint.store import MANIFEST, Store, read_manifest, verify
 from megatron_vlmr1.drill.digests import checkpoint_path
 from megatron_vlmr1.drill.field import STEPS, Field
-from megatron_vlmr1.drill.jobs import Job, need
+from megatron_vlmr1.drill.jobs import need, start
 
 _FLIPS, _CUTS = 200, 50
 _BEFORE = STEPS - 1  # the checkpoint before the last one
@@ -73,7 +73,7 @@ def hostile_pickles(field: Field) -> str:
         name = f"hostile_{number}"
         _publish_with(slot, sign, source, field.root / name)
         config = field.config(name, train={"steps": STEPS + 1}, data={"workers": 0})
-        with Job(config, 1) as job:
+        with start(config, 1) as job:
             refused += job.finish().code != 0
         need(not sign.exists(), f"{slot}: its code was run")
         shutil.rmtree(field.root / name)

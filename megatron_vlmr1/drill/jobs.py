@@ -78,23 +78,14 @@ class Ended:
 class Job:
     """One started job; leaving the block kills what is left of it."""
 
-    def __init__(self, config: Path, ranks: int, faults: Sequence[Fault] = (), entry: Sequence[str] = ()) -> None:
-        """Start ``vlmr1 train`` on `config` with so many ranks.
-
-        Args:
-            config: of the run.
-            ranks: on this machine.
-            faults: that happen in it.
-            entry: another module of the drill with its own words, in place of the entry point that injects `faults`.
-        """
+    def __init__(self, words: Sequence[str], name: Path) -> None:
+        """Start ``python -m words…``; what it prints and its faults go into files whose names begin as `name`."""
         self._mark = uuid.uuid4().hex
-        self._output = config.with_name(f"{config.stem}.{self._mark[:8]}.log")
+        self._output = name.with_name(f"{name.name}.{self._mark[:8]}.log")
         self._fired = self._output.with_suffix(".fired")
-        entry = entry or ("megatron_vlmr1.drill.entry", to_text(faults))
-        command = [sys.executable, "-m", *entry, "--", "train", str(config), "--nproc", str(ranks)]
         with self._output.open("wb") as out:
             self.process = subprocess.Popen(  # noqa: S603 - our own program, as a list
-                command,
+                [sys.executable, "-m", *words],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -183,6 +174,20 @@ class Job:
         return self.finish(since=now)
 
 
+def start(config: Path, ranks: int, faults: Sequence[Fault] = (), entry: Sequence[str] = ()) -> Job:
+    """Start ``vlmr1 train`` on `config`.
+
+    Args:
+        config: of the run.
+        ranks: on this machine.
+        faults: that happen in it.
+        entry: another module of the drill with its own words, in place of the entry point that injects `faults`.
+    """
+    entry = entry or ("megatron_vlmr1.drill.entry", to_text(faults))
+    words = [*entry, "--", "train", str(config), "--nproc", str(ranks)]
+    return Job(words, config.with_suffix(""))
+
+
 def run(config: Path, ranks: int, fault: Fault | Sequence[Fault] = ()) -> Ended:
     """Run ``vlmr1 train`` on `config` with so many ranks, with a fault or several in it, to its end.
 
@@ -190,17 +195,17 @@ def run(config: Path, ranks: int, fault: Fault | Sequence[Fault] = ()) -> Ended:
         Missed: a fault did not happen, or the job does not end.
     """
     faults = [fault] if isinstance(fault, Fault) else list(fault)
-    with Job(config, ranks, faults) as job:
+    with start(config, ranks, faults) as job:
         ended = job.finish()
     need(len(ended.fired) == len(faults), f"{len(ended.fired)} of {len(faults)} faults happened: {ended.last_words}")
     return ended
 
 
 def succeed(config: Path, ranks: int, entry: Sequence[str] = ()) -> Ended:
-    """Run ``vlmr1 train`` undisturbed; `entry` as for `Job`.
+    """Run ``vlmr1 train`` undisturbed; `entry` as for `start`.
 
     Raises:
         Missed: it did not end well.
     """
-    with Job(config, ranks, entry=entry) as job:
+    with start(config, ranks, entry=entry) as job:
         return job.finish().expect(DONE)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import megatron_vlmr1
-from megatron_vlmr1.drill import damage, disk, layouts, rows
+from megatron_vlmr1.drill import damage, disk, layouts, operations, rows
 from megatron_vlmr1.drill.field import Field
 from megatron_vlmr1.drill.jobs import Missed
 from megatron_vlmr1.drill.rows import Row
@@ -47,6 +47,12 @@ ROWS = (
     Row("disk-full", "disk full (8 MB)", _DISK, disk.full),
     Row("disk-read-only", "read-only directory", _DISK, disk.read_only),
     Row("disk-eio", "EIO on a save", _DISK, disk.input_output_error),
+    Row(
+        "die-in-save",
+        "die at every k-th file operation of a save, k = 1..K",
+        "K/K recoverable, previous checkpoint never pruned before publish",
+        operations.each,
+    ),
     Row(
         "damage",
         "200 bit flips and 50 truncations over every file of a checkpoint",

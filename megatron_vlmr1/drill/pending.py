@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import shutil
 import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_vlmr1.checkpoint.store import Store
 from megatron_vlmr1.drill import digests
 from megatron_vlmr1.drill.disk import mounted
 from megatron_vlmr1.drill.faults import Fault
@@ -62,32 +59,6 @@ def _flipped(field: Field, action: str, precision: str) -> str:
     need(max(trained) <= 2, f"step {max(trained)} was trained on it")
     need(not digests.checkpoint_path(field.root / name, 3).exists(), "it was saved")
     return f"exit {ended.code} before the next step: {reason}"
-
-
-def die_at_each_operation(field: Field) -> str:
-    """Kill a save at its first, second, … file operation; after each, a valid checkpoint must be there."""
-    base = field.config("die", train={"steps": 1}, data={"workers": 0})
-    succeed(base, 1)
-    for k in itertools.count(1):
-        name = f"die_{k}"
-        run_dir = field.root / name
-        shutil.copytree(field.root / "die" / "checkpoints", run_dir / "checkpoints", symlinks=True)
-        config = field.config(name, train={"steps": 2}, data={"workers": 0})
-        ended = run(config, 1, Fault(0, 2, "save", f"kill-at:{k}"))
-        if ended.code == DONE:  # the save has fewer operations
-            need(k > 1, "the save has no file operations")
-            return f"{k - 1}/{k - 1} recoverable; the previous checkpoint stayed until the new one was there"
-        _recoverable(run_dir, k)
-        shutil.rmtree(run_dir)
-    raise AssertionError("unreachable")
-
-
-def _recoverable(run_dir: Path, k: int) -> None:
-    store = Store(run_dir / "checkpoints", 9)
-    told: list[str] = []
-    found = store.newest_valid(told.append)
-    need(found is not None and found[0] in (1, 2), f"killed at operation {k}: no valid checkpoint is left: {told}")
-    need(not told, f"killed at operation {k}: published, and not valid: {told}")
 
 
 def unreachable_wandb(field: Field) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_vlmr1.drill import digests
 from megatron_vlmr1.drill.faults import Fault
 from megatron_vlmr1.drill.field import RANKS, STEPS, Field
-from megatron_vlmr1.drill.jobs import Ended, Job, need, run, succeed
+from megatron_vlmr1.drill.jobs import Ended, need, run, start, succeed
 from megatron_vlmr1.errors import DONE, REQUEUE, STOPPED
 from megatron_vlmr1.telemetry.metrics import read_metrics
 
@@ -47,6 +47,7 @@ def kill_in(point: str) -> Callable[[Field], str]:
         config = field.config(name)
         ended = run(config, RANKS, Fault(1, 3, point, "kill"))
         need(ended.code not in (DONE, REQUEUE, STOPPED), f"exit code {ended.code} after a kill")
+        need("rank 1" in ended.output and "SIGKILL" in ended.output, f"nobody says who was killed: {ended.last_words}")
         times = _all_out(ended)
         succeed(config, RANKS)
         return f"exit {ended.code}, {times}; resumed: {digests.same(digests.state(field.root / name, STEPS), expected)}"
@@ -56,7 +57,7 @@ def kill_in(point: str) -> Callable[[Field], str]:
 
 def kill_launcher(field: Field) -> str:
     """Kill the launcher while its ranks train."""
-    with Job(field.config("kill_launcher", train={"steps": 500}), RANKS) as job:
+    with start(field.config("kill_launcher", train={"steps": 500}), RANKS) as job:
         job.wait_for("checkpoint of step 2")
         many = len(job.alive())
         need(many >= 1 + RANKS + 2 + RANKS, f"only {many} processes: launcher, ranks, rewards, data workers")
