@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ import megatron_vlmr1
 from megatron_vlmr1.drill.faults import Fault, to_text
 from megatron_vlmr1.drill.inject import FIRED
 from megatron_vlmr1.errors import DONE
+from megatron_vlmr1.runtime.children import die_with_parent
 
 LIMIT_S = 600.0  # no job of the drill takes longer
 _MARK = "VLMR1_DRILL_JOB"
@@ -91,6 +93,7 @@ class Job:
                 stderr=out,
                 env=self._environment(),
                 start_new_session=True,
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),
             )
 
     def _environment(self) -> dict[str, str]:
