@@ -50,10 +50,11 @@ def resume_all(cfg: Config, mesh: Any, stop: Any) -> Any:
     """Resume on each layout of this job's size what every other layout saved; the first rank compares."""
     found = []
     for layout in layouts(mesh.world):
-        for saved in layouts():
-            if saved == layout:
-                continue
-            with _laid_out(cfg, layout) as (own, laid):
+        # One mesh for all that are resumed on it: gloo's threads stay when groups are forgotten, and hundreds are slow.
+        with _laid_out(cfg, layout) as (own, laid):
+            for saved in layouts():
+                if saved == layout:
+                    continue
                 out = Path(cfg.run_dir) / f"again_{mesh.world}"
                 _next_step(own, laid, stop, saved, out)
                 if mesh.rank == 0:
