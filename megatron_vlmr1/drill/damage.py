@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_vlmr1.checkpoint.store import MANIFEST, Store, read_manifest, verify
+from megatron_vlmr1.checkpoint.store import MANIFEST, Keep, Store, read_manifest, verify
 from megatron_vlmr1.drill.digests import checkpoint_path
 from megatron_vlmr1.drill.field import STEPS, Field
 from megatron_vlmr1.drill.jobs import need, start
@@ -26,7 +26,7 @@ def flips_and_cuts(field: Field) -> str:
     """Flip a bit or cut the end of a file of the newest checkpoint; every file has its turn."""
     run_dir = field.root / "damage"
     shutil.copytree(field.whole / "checkpoints", run_dir / "checkpoints", symlinks=True)
-    store = Store(run_dir / "checkpoints", 9)
+    store = Store(run_dir / "checkpoints", Keep(9))
     newest = checkpoint_path(run_dir, STEPS)
     files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
     draw = random.Random(11)  # noqa: S311 - which bits
@@ -87,7 +87,7 @@ def _may_hold_a_pickle(name: str) -> bool:
 
 def _publish_with(slot: str, sign: Path, source: Path, run_dir: Path) -> None:
     """Publish a copy of a checkpoint in which one file is a hostile pickle."""
-    store = Store(run_dir / "checkpoints", 9)
+    store = Store(run_dir / "checkpoints", Keep(9))
     temporary = store.begin(STEPS)
     shutil.copytree(source, temporary, dirs_exist_ok=True)
     facts = {key: value for key, value in read_manifest(source).items() if key not in _OWN_FACTS}

@@ -53,7 +53,9 @@ def _injected(field: Field, name: str, point: str, error: str) -> str:
 
 
 def _survive(field: Field, name: str, faults: Sequence[Fault]) -> str:
-    ended = run(field.config(name, train={"steps": 20, "save_every": 1}), RANKS, faults).expect(STOPPED)
+    ended = run(field.config(name, train={"steps": 20, "save_every": 1, "async_save": False}), RANKS, faults).expect(
+        STOPPED
+    )
     run_dir = field.root / name
     for step in (*_BAD, _GOOD):
         said = f"checkpoint of step {step} failed" in ended.output

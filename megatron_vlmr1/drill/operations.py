@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_vlmr1 import config
-from megatron_vlmr1.checkpoint.store import Store
+from megatron_vlmr1.checkpoint.store import Keep, Store
 from megatron_vlmr1.drill import inject
 from megatron_vlmr1.drill.faults import Fault
 from megatron_vlmr1.drill.field import Field
 from megatron_vlmr1.drill.jobs import Job, need, succeed
 from megatron_vlmr1.errors import DIFFERS, DONE
 
-_ENOUGH = 9  # checkpoints that are kept in the row
 _FOUND = "operations: "
 
 
@@ -91,7 +90,7 @@ def _problem(status: int, run_dir: Path) -> str:
     if status != -signal.SIGKILL:
         return f"it left with {status}"
     told: list[str] = []
-    found = Store(run_dir / "checkpoints", _ENOUGH).newest_valid(told.append)
+    found = Store(run_dir / "checkpoints", Keep(1)).newest_valid(told.append)
     if found is None:
         return f"no valid checkpoint is left: {told}"
     return f"something that is not valid was published: {told}" if told else ""

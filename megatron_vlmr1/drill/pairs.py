@@ -30,7 +30,7 @@ def main() -> None:
         inject.pass_on("megatron_vlmr1.drill.pairs", [work, "--"])
     else:
         loop = {"save": save_all, "resume": resume_all}[work]
-        inject.wrap(_LOOP, lambda _, args, __: loop(*args))
+        inject.wrap(_LOOP, lambda _, args, __: loop(*args[:3]))
     sys.argv = ["vlmr1", *words]
     runpy.run_module("megatron_vlmr1.cli", run_name="__main__", alter_sys=True)
 

@@ -33,8 +33,8 @@ def stopped_rank(field: Field) -> str:
     outcome, reason = logs / "outcome.json", _reason(logs)
     after = outcome.stat().st_mtime - ended.fired[0]["unix_s"]
     need(ended.code != DONE, "exit code 0 with a stopped rank")
-    need("rank 1" in reason and "update" in reason, f"it does not name rank 1 and its phase: {reason}")
-    need("rank 1" in ended.output and 'File "' in ended.output, "no stacks in the log")
+    need("rank 1 (" in reason and "'update'" in reason, f"it does not name rank 1 and its phase: {reason}")
+    need("attention.py" in (logs / "hang" / "rank_1.txt").read_text(), "no stacks of rank 1")
     need(after <= _TIMEOUT_S + _ALLOWED_S, f"named {after:.1f} s after it stopped, with a timeout of {_TIMEOUT_S} s")
     return f"named after {after:.1f} s (timeout {_TIMEOUT_S} s): {reason}; job over after {ended.survived_s:.1f} s"
 
