@@ -45,7 +45,7 @@ class Handler(SimpleHTTPRequestHandler):
 
     def connection_is_cut(self) -> bool:
         try:
-            self.wfile.write(b"x")
+            self.wfile.write(bytes(2000))
         except OSError:
             return True
         return False
