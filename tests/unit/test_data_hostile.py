@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_vlmr1 import config
+from megatron_vlmr1.cli.main import main
 from megatron_vlmr1.data import handover
 from megatron_vlmr1.data.building import coco, refcoco
 from megatron_vlmr1.data.images import ImageProcessor
@@ -96,6 +97,19 @@ def test_a_pipe_in_place_of_a_shard_is_damage(tmp_path: Path) -> None:
     assert isinstance(lost, Damage) and "beyond the end" in lost.reason
     with pytest.raises(ValueError, match="not a file"):
         scan(tmp_path / "shards" / "shard-000000.tar")
+
+
+@pytest.mark.parametrize("verb", ["index", "verify", "inspect"])
+@pytest.mark.parametrize("place", ["http://host/shards", "pipe:x"])
+def test_commands_on_shards_refuse_urls(verb: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shards", verb, place]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"vlmr1: error: {place}: ")
+
+
+def test_a_sheet_needs_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["shards", "inspect", str(tmp_path), "--sheet", "."]) == 2
+    assert capsys.readouterr().err == "vlmr1: error: --sheet .: not the name of a file\n"
 
 
 def test_a_killed_worker_may_have_been_asked_for_more_than_a_channel_holds(tmp_path: Path) -> None:
