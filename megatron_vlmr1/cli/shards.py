@@ -119,6 +119,8 @@ def run_inspect(args: argparse.Namespace) -> int:
         from megatron_vlmr1.data.sheet import contact_sheet
         from megatron_vlmr1.telemetry.files import write_atomic
 
+        if not Path(args.sheet).name:
+            raise ValueError(f"--sheet {args.sheet}: not the name of a file")
         write_atomic(Path(args.sheet), contact_sheet(args.directory, args.count))
     with slow_progress("inspecting shards") as progress:
         found = inspect(args.directory, progress)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from megatron_vlmr1.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
@@ -35,7 +36,7 @@ class DataConfig(Section):
     """Directory or URL of indexed WebDataset shards; or a list of {path, weight}, drawn from in that proportion, each
     set with epochs of its own."""
     evaluate: dict[str, str] = {}
-    """Named splits, each a directory or URL of indexed shards."""
+    """Named splits, each a directory or URL of indexed shards; names go into file names: letters, digits, _ . -"""
     lanes: PositiveInt = 8
     """Fixed number of lanes of the data order; the data-parallel size must divide it."""
     shuffle_window: PositiveInt = 1024
@@ -65,6 +66,14 @@ class DataConfig(Section):
     """Size of that folder at most; what was used longest ago makes room."""
     fetch_timeout_s: PositiveFloat = 30.0
     """A server that is silent for so long has failed; after three times that shard's samples are lost for a while."""
+
+    @field_validator("evaluate")
+    @classmethod
+    def _check_names(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if not re.fullmatch(r"[\w.-]{1,100}", name, re.ASCII):
+                raise ValueError(f"split {name!r:.120}: letters, digits, _ . and - only, at most 100")
+        return value
 
     @property
     def sources(self) -> tuple[tuple[str, float], ...]:

@@ -12,19 +12,23 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_vlmr1.config import DataConfig
 from megatron_vlmr1.data.index import MANIFEST, ShardIndex, index_path, parse_index, parse_manifest
 from megatron_vlmr1.data.remote import Tick, check_url, fetch
+from megatron_vlmr1.telemetry.files import write_atomic
 
 logger = logging.getLogger(__name__)
+_Parsed = TypeVar("_Parsed")
 
 _ATTEMPTS = 3
 _ASK_AGAIN_S = 300.0  # so long a shard that could not be fetched is not asked for again
+_FRESH_S = 60.0  # so long the ranks of a node, which start together, take an index that one of them has fetched
 _POLL_S = 0.05
 _INDEX_BYTES = 4 << 30  # no index is as large
 _THREADS = 8
@@ -44,7 +48,7 @@ class Cache:
         # A folder of its own: what makes room must be ours, also where the user names a folder with other shards.
         self.directory = directory / "vlmr1-shards"
         self.limit_bytes, self.timeout_s, self._tick = limit_bytes, timeout_s, tick
-        self._failed: dict[Path, tuple[float, str]] = {}
+        self._born = time.time()
 
     def indexes(self, place: str) -> list[ShardIndex]:
         """Return the indexes of all shards that ``shards.json`` at the URL lists, in order of their names.
@@ -53,13 +57,10 @@ class Cache:
             ValueError: one line that names the URL of what is missing or wrong, or the setting that is too small.
         """
         check_url(place)
-        url = f"{place.rstrip('/')}/{MANIFEST}"
-        try:
-            names = sorted(parse_manifest(self._small(url)))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{url}: {_why(error)}") from error
+        self._folder(place).mkdir(parents=True, exist_ok=True)
+        names = sorted(self._shared(place, MANIFEST, parse_manifest))
         with ThreadPoolExecutor(_THREADS) as pool:
-            found = list(pool.map(lambda name: self._index(place, name), names))
+            found = list(pool.map(lambda name: self._shared_index(place, name), names))
         for index in found:
             if index.extent > self.limit_bytes:
                 raise ValueError(
@@ -75,8 +76,7 @@ class Cache:
             ValueError: the shard cannot be fetched, or its index is another one by now.
             OSError: the folder cannot be written.
         """
-        folder = hashlib.sha256(place.rstrip("/").encode()).hexdigest()[:16]
-        path = self.directory / folder / f"{shard.removesuffix('.tar')}-{digest[:16]}.tar"
+        path = self._folder(place) / f"{shard.removesuffix('.tar')}-{digest[:16]}.tar"
         assert path.parent.parent == self.directory
         for _ in range(_ATTEMPTS):  # another process may make room just between fetching and opening
             fd = _opened(path)
@@ -85,23 +85,34 @@ class Cache:
             self._bring(path, place, shard, digest)
         raise ValueError("the cache is too small: the shard was removed before it could be read")
 
+    def _folder(self, place: str) -> Path:
+        return self.directory / hashlib.sha256(place.rstrip("/").encode()).hexdigest()[:16]
+
     def _bring(self, path: Path, place: str, shard: str, digest: str) -> None:
-        until, reason = self._failed.get(path, (0.0, ""))
-        if time.monotonic() < until:
-            raise ValueError(reason)
+        """Fetch a shard, unless another process does so first, or has just failed to: all of a node wait only once."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with self._locked(path.with_suffix(".lock")):
-                if not path.exists():
-                    index = self._index(place, shard)
-                    if index.digest != digest:
-                        raise ValueError("its index is not the one that the run was started with")
-                    self._fill(path, f"{place.rstrip('/')}/{shard}", index)
-        except (OSError, ValueError) as error:
-            reason = f"the shard cannot be fetched: {_why(error)}"
-            logger.warning("%s/%s: %s", place.rstrip("/"), shard, reason)
-            self._failed[path] = time.monotonic() + _ASK_AGAIN_S, reason
-            raise ValueError(reason) from error
+        note = path.with_suffix(".lock")
+        with self._locked(note):
+            if path.exists():
+                return
+            if reason := self._failure(note):
+                raise ValueError(reason)
+            try:
+                index = self._index(place, shard)
+                if index.digest != digest:
+                    raise ValueError("its index is not the one that the run was started with")
+                self._fill(path, f"{place.rstrip('/')}/{shard}", index)
+            except (OSError, ValueError) as error:
+                reason = f"the shard cannot be fetched: {_why(error)}"
+                logger.warning("%s/%s: %s", place.rstrip("/"), shard, reason)
+                note.write_text(reason, encoding="utf-8", errors="replace")
+                raise ValueError(reason) from error
+
+    def _failure(self, note: Path) -> str:
+        """Why a process of this run could not fetch a shard a while ago; empty where none has tried, or it is over."""
+        written = note.stat().st_mtime
+        recent = written >= self._born and time.time() < written + _ASK_AGAIN_S
+        return note.read_text(encoding="utf-8") if recent else ""
 
     def _fill(self, path: Path, url: str, index: ShardIndex) -> None:
         """Fetch a shard until all of it matches its index; in the end, take what does, if the server sent no more."""
@@ -143,7 +154,7 @@ class Cache:
         raise TimeoutError(0, f"no room for {size} bytes in the cache within {self.timeout_s:g} s")
 
     def _make_room(self, size: int) -> bool:
-        files = [path for pattern in ("*/*.tar", "*/*.part") for path in self.directory.glob(pattern)]
+        files = [path for pattern in ("*/*.tar", "*/*.part", "*/*.fetched") for path in self.directory.glob(pattern)]
         found = sorted(age_and_size for path in files if (age_and_size := _age_and_size(path)) is not None)
         used = sum(length for _, length, _ in found)
         for _, length, path in found:
@@ -154,9 +165,29 @@ class Cache:
         return used + size <= self.limit_bytes
 
     def _index(self, place: str, shard: str) -> ShardIndex:
-        url = f"{place.rstrip('/')}/{index_path(Path(shard)).name}"
+        return self._parsed(place, index_path(Path(shard)).name, lambda data: parse_index(data, shard))[1]
+
+    def _shared_index(self, place: str, shard: str) -> ShardIndex:
+        return self._shared(place, index_path(Path(shard)).name, lambda data: parse_index(data, shard))
+
+    def _shared(self, place: str, name: str, parse: Callable[[bytes], _Parsed]) -> _Parsed:
+        """Return what a small file says, as one process of this node has fetched it just now."""
+        path = self._folder(place) / f"{name}.fetched"
+        with self._locked(path.with_suffix(".lock")):
+            try:
+                if time.time() - path.stat().st_mtime < _FRESH_S:
+                    return parse(path.read_bytes())
+            except FileNotFoundError:
+                pass
+            data, found = self._parsed(place, name, parse)
+            write_atomic(path, data)
+            return found
+
+    def _parsed(self, place: str, name: str, parse: Callable[[bytes], _Parsed]) -> tuple[bytes, _Parsed]:
+        url = f"{place.rstrip('/')}/{name}"
         try:
-            return parse_index(self._small(url), shard)
+            data = self._small(url)
+            return data, parse(data)
         except (OSError, ValueError) as error:
             raise ValueError(f"{url}: {_why(error)}") from error
 

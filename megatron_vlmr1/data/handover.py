@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
@@ -26,6 +27,7 @@ _MESSAGE_BYTES = 32 << 10  # larger bodies go into memory
 _WAIT_S = 0.02
 
 Item = tuple[Prompt, Sample] | Damage
+Part = bytes | npt.NDArray[Any]
 
 
 def send(channel: socket.socket, kind: int, position: int = 0, body: bytes = b"", fd: int | None = None) -> None:
@@ -48,6 +50,16 @@ def send(channel: socket.socket, kind: int, position: int = 0, body: bytes = b""
     finally:
         if fd is not None:
             os.close(fd)
+
+
+def say_busy(channel: socket.socket) -> None:
+    """Send a sign of life, unless the other side has not taken the earlier ones yet.
+
+    Raises:
+        OSError: the other side is gone.
+    """
+    with suppress(BlockingIOError):
+        channel.send(msgpack.packb((BUSY, 0, b"")), socket.MSG_DONTWAIT)
 
 
 def _send_fd(channel: socket.socket, message: bytes, fd: int) -> None:
@@ -96,7 +108,7 @@ def body_of(body: bytes, fd: int | None) -> bytes:
         os.close(fd)
 
 
-def memory(parts: Sequence[bytes | npt.NDArray[Any]], spare: int | None = None) -> int:
+def memory(parts: Sequence[Part], spare: int | None = None) -> int:
     """Return the descriptor of an anonymous file in memory with these parts, one after the other.
 
     `spare` is such a file that nobody needs any more, to be written over: its pages are there already. It may stay
@@ -116,14 +128,14 @@ def memory(parts: Sequence[bytes | npt.NDArray[Any]], spare: int | None = None) 
     return fd
 
 
-def _view(part: bytes | npt.NDArray[Any]) -> memoryview:
+def _view(part: Part) -> memoryview:
     return memoryview(part) if isinstance(part, bytes) else part.reshape(-1).view(np.uint8).data
 
 
-def write_item(item: Item, spare: int | None = None) -> int:
-    """Put a prompt with its sample, or the damage in their place, into memory; the sample's images stay behind."""
+def parts_of(item: Item) -> list[Part]:
+    """Return what `read_item` takes, of a prompt with its sample or the damage; the sample's images stay behind."""
     if isinstance(item, Damage):
-        return memory(_with_head({"damage": [item.shard, item.key, item.reason, item.too_long]}), spare)
+        return _with_head({"damage": [item.shard, item.key, item.reason, item.too_long]})
     prompt, sample = item
     arrays: list[npt.NDArray[Any]] = [prompt.token_ids, prompt.mrope_positions, *(i.patches for i in prompt.images)]
     head = {
@@ -132,16 +144,16 @@ def write_item(item: Item, spare: int | None = None) -> int:
         "prompt": [prompt.position, prompt.key, prompt.question, prompt.truth, prompt.accuracy],
         "sample": [sample.key, sample.question, sample.solution, dict(sample.extra)],
     }
-    return memory([*_with_head(head), *map(np.ascontiguousarray, arrays)], spare)
+    return [*_with_head(head), *map(np.ascontiguousarray, arrays)]
 
 
-def _with_head(head: dict[str, Any]) -> list[bytes]:
+def _with_head(head: dict[str, Any]) -> list[Part]:
     text = json.dumps(head).encode()
     return [len(text).to_bytes(8, "little"), text]
 
 
 def read_item(fd: int) -> Item:
-    """Return what `write_item` put in.
+    """Return the item whose `parts_of` lie in memory.
 
     Raises:
         ValueError: the memory is shorter than it says.

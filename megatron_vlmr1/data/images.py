@@ -123,6 +123,11 @@ class ImageProcessor:
         for name in ("image_mean", "image_std"):
             if len(value := getattr(self, name)) != 3 or not all(isinstance(part, int | float) for part in value):
                 raise ValueError(f"{name} must be three numbers, not {value!r}")
+        if min(self.image_std) <= 0 or not isinstance(self.rescale_factor, int | float):
+            raise ValueError(
+                f"image_std {self.image_std!r} and rescale_factor {self.rescale_factor!r} must be positive"
+            )
+        Image.Resampling(self.resample)  # raises on what is none
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is more than max_pixels {self.max_pixels}")
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from megatron_vlmr1.data import reading
 from megatron_vlmr1.data.reading import KINDS, Opens, Reference, is_url
+from megatron_vlmr1.data.remote import check_url
 from megatron_vlmr1.types import Damage, Sample
 
 MANIFEST = "shards.json"
@@ -173,6 +174,7 @@ class ShardSet:
         """
         if is_url(directory):
             if remote is None:
+                check_url(str(directory))
                 raise ValueError(f"{directory}: a URL is read in training and evaluation only, with data.cache_dir set")
             return cls(directory, remote.indexes(str(directory)), remote)
         directory = Path(directory)

@@ -41,7 +41,8 @@ def turns(weights: Sequence[float]) -> tuple[int, ...]:
     Raises:
         ValueError: a weight is too small next to the others to get any.
     """
-    shares = [weight / sum(weights) for weight in weights]
+    parts = [weight / max(weights) for weight in weights]  # the sum of the weights themselves may be infinite
+    shares = [part / sum(parts) for part in parts]
     for block in range(1, MAX_TURNS + 1):
         counts = [round(share * block) for share in shares]
         if sum(counts) == block and all(abs(s * block - c) < 1e-9 * block for s, c in zip(shares, counts, strict=True)):

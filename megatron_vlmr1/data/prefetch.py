@@ -72,6 +72,7 @@ class Prefetcher:
         self._done: dict[int, int | Damage] = {}  # position -> descriptor of the memory that holds its prompt
         self._done_bytes = 0
         self._spare: int | None = None  # memory that was read, to go along with the next request
+        self._again: deque[int] = deque()  # positions that a worker which is gone was asked for
         self._deaths: Counter[int] = Counter()
         self._failed_starts = 0
         self._workers = [self._start() for _ in range(bounds.workers)]
@@ -132,27 +133,29 @@ class Prefetcher:
             self._spare = None
 
     def _ask(self) -> None:
-        """Ask for further positions as far as the bounds allow, of whoever has least to do."""
-        bounds = self._bounds
-        while True:
-            asked = sum(len(worker.jobs) for worker in self._workers)
-            room = self._done_bytes + (asked + 1) * bounds.sample_bytes <= bounds.bytes
-            if asked + len(self._done) >= bounds.samples or not (room or asked + len(self._done) == 0):
-                return
-            worker = min(self._workers, key=lambda w: len(w.jobs))
-            if not self._request(worker, self._next):
-                return
+        """Ask for what is to be read again, then for further positions as far as the bounds allow."""
+        while self._again and self._request(self._again[0]):
+            self._again.popleft()
+        while not self._again and self._has_room() and self._request(self._next):
             self._next += self._stream.dp_size
 
-    def _request(self, worker: _Worker, position: int) -> bool:
-        """Ask for one position; return whether the request went out, or is kept for the next of that worker."""
+    def _has_room(self) -> bool:
+        bounds, asked = self._bounds, sum(len(worker.jobs) for worker in self._workers)
+        if asked + len(self._done) == 0:
+            return True
+        fits = self._done_bytes + (asked + 1) * bounds.sample_bytes <= bounds.bytes
+        return fits and asked + len(self._done) < bounds.samples
+
+    def _request(self, position: int) -> bool:
+        """Ask whoever has least to do for one position; return whether the channel had room for the request."""
+        worker = min(self._workers, key=lambda w: len(w.jobs))
         body = msgpack.packb(self._stream.reference(position), unicode_errors="surrogateescape")
         spare, self._spare = self._spare, None
         try:
             handover.send(worker.channel, handover.REQUEST, position, body, spare)
         except BlockingIOError:
             return False
-        except OSError:  # it is gone, which its end of the channel will say; what it was asked for is asked again
+        except OSError:  # it is gone, which its end of the channel will say; it is asked for again
             logger.debug("data worker %d is gone", worker.process.pid)
         worker.jobs.append(position)
         return True
@@ -182,7 +185,8 @@ class Prefetcher:
         elif kind == handover.REFUSED:
             raise ValueError(handover.body_of(body, fd).decode())
         elif kind == handover.DONE:
-            assert fd is not None and worker.jobs.popleft() == position
+            assert fd is not None and worker.jobs[0] == position
+            worker.jobs.popleft()
             self._done[position] = fd
             self._done_bytes += os.fstat(fd).st_size
         return True
@@ -202,11 +206,9 @@ class Prefetcher:
             self._failed_starts += 1
             if self._failed_starts >= _MAX_DEATHS:
                 raise RuntimeError(f"data workers end with {code} before they have started; see above")
-        new = self._start()
-        self._workers[self._workers.index(worker)] = new
-        for position in worker.jobs:
-            sent = self._request(new, position)
-            assert sent, "a new channel has room for what an old one held"
+        self._workers[self._workers.index(worker)] = self._start()
+        self._again = deque(sorted([*self._again, *worker.jobs]))
+        self._ask()
 
     def _start(self) -> _Worker:
         mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

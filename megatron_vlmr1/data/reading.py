@@ -53,7 +53,7 @@ def read(reference: Reference, remote: Opens | None = None) -> Sample | Damage:
             assert remote is not None
             fd = remote.open(place, shard, digest)
         else:
-            fd = os.open(Path(place) / shard, os.O_RDONLY)
+            fd = os.open(Path(place) / shard, os.O_RDONLY | os.O_NONBLOCK)  # not to wait for a pipe's writer
         try:
             text, *images = [_member(fd, *member) for member in members]
         finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlmr1.data.index import MANIFEST, Progress, index_path, read_index, write_index
+from megatron_vlmr1.data.reading import is_url
 from megatron_vlmr1.data.scan import scan
 
 
@@ -22,6 +23,8 @@ def repair(directory: str | Path, progress: Progress | None = None) -> list[dict
     Raises:
         ValueError: no such directory, no shard in it, or a shard that holds no sample.
     """
+    if is_url(directory):
+        raise ValueError(f"{directory}: a URL; indexes are written into a local directory only")
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory of shards")

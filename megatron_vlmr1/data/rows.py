@@ -197,6 +197,8 @@ def _turns(conversations: Any) -> tuple[str, str]:
 
 def _text(value: Any, what: str, lists: bool) -> str:
     if lists and isinstance(value, list):
+        if None in value:
+            raise BadRow(f"{what} holds an empty value")
         value = json.dumps(value, ensure_ascii=False)  # a box as JSON
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadRow(f"{what} must be text")

@@ -12,6 +12,7 @@ to none are a gap, and the samples on both sides of one are kept in the index as
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import tarfile
 from collections.abc import Iterator
@@ -23,10 +24,21 @@ import numpy as np
 
 from megatron_vlmr1.data.index import KINDS, ShardIndex
 
+logger = logging.getLogger(__name__)
+
 _BLOCK = 512
 _CHUNK = 1 << 20
+_MEMBER_BYTES = 1 << 42  # no member is as large; file systems refuse to seek much further
+_EXTENDED_BYTES = 1 << 14  # of a header that extends another: tarfile takes the square of it in time
 _MEMBER = re.compile(
     r"(?P<key>(?:[^/]+/)*[^/.]+)\.(?:(?P<json>json)|(?:(?P<order>\d{1,4})\.)?(?P<kind>jpe?g|png|webp))", re.IGNORECASE
+)
+_EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
 )
 _JSON = -1  # the place of a sample's json among its images
 _LOST = 10**4  # and that of a member in a gap, behind all images
@@ -61,6 +73,29 @@ class Scan:
         return replace(self.index, shard=shard)
 
 
+class _Header(tarfile.TarInfo):
+    """A header with a size that can be true: of a negative one tarfile would read the same headers for ever."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the member."""
+        return self._size
+
+    @size.setter
+    def size(self, value: int) -> None:
+        if not 0 <= value < _MEMBER_BYTES:
+            raise tarfile.InvalidHeaderError("impossible size")  # type: ignore[attr-defined]
+        self._size = value
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        """Take a header apart."""
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in _EXTENDED and found.size > _EXTENDED_BYTES:
+            raise tarfile.InvalidHeaderError("impossible size")  # type: ignore[attr-defined]
+        return found
+
+
 def scan(tar: Path) -> Scan:
     """Index a tar.
 
@@ -72,6 +107,8 @@ def scan(tar: Path) -> Scan:
     damaged: dict[str, Span] = {}
     ignored = 0
     last: str | None = None  # key of the member before
+    if not tar.is_file():
+        raise ValueError(f"{tar}: not a file")
     try:
         with tar.open("rb") as data:
             for found in _members(tar, data):
@@ -104,15 +141,17 @@ def _members(tar: Path, data: BinaryIO) -> Iterator[tarfile.TarInfo | Span]:
     size = tar.stat().st_size
     at = 0  # end of the member before
     try:
-        with tarfile.open(tar, "r:", ignore_zeros=True) as archive:
+        with tarfile.open(tar, "r:", tarinfo=_Header, ignore_zeros=True) as archive:
             while member := archive.next():
                 if member.offset > at and not _is_global_header(data, at, member.offset):
                     yield Span(at, member.offset)
                 yield member
                 at = member.offset_data + (0 if _is_empty(member) else -(-member.size // _BLOCK) * _BLOCK)
                 archive.members = []  # type: ignore[attr-defined]  # or it would keep all of them
-    except tarfile.TarError:  # an empty file, a broken extended header, or a last member that is cut off
-        pass
+    except OSError:
+        raise
+    except Exception as error:  # an empty file, a last member that is cut off; and what tarfile likes on hostile bytes
+        logger.debug("%s: %s", tar, error)
     if at > size:
         yield Span(size, size)
     elif size - at < 2 * _BLOCK or not _is_zero(data, at):

@@ -6,13 +6,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 import msgpack  # type: ignore[import-untyped]
 
 from megatron_vlmr1.data import handover, reading
+from megatron_vlmr1.data.handover import Part
 from megatron_vlmr1.data.prompts import PromptBuilder
 from megatron_vlmr1.data.readers import build
 from megatron_vlmr1.data.reading import Opens, Reference
@@ -41,7 +42,7 @@ def serve(set_up: Setup) -> None:
         nonlocal last
         if time.monotonic() - last >= _SAY_EVERY_S:
             last = time.monotonic()
-            handover.send(channel, handover.BUSY)
+            handover.say_busy(channel)
 
     try:
         message = handover.receive(channel)
@@ -70,8 +71,8 @@ def _work(channel: socket.socket, builder: PromptBuilder, remote: Opens | None) 
             item = build(builder, position, reading.read(Reference(place, shard, digest, key, members), remote))
             if sending is not None:
                 sending.result()
-            sending = sender.submit(_hand_over, channel, position, item, fd)
+            sending = sender.submit(_hand_over, channel, position, handover.parts_of(item), fd)
 
 
-def _hand_over(channel: socket.socket, position: int, item: handover.Item, spare: int | None) -> None:
-    handover.send(channel, handover.DONE, position, fd=handover.write_item(item, spare))
+def _hand_over(channel: socket.socket, position: int, parts: Sequence[Part], spare: int | None) -> None:
+    handover.send(channel, handover.DONE, position, fd=handover.memory(parts, spare))

@@ -289,7 +289,7 @@ def test_workers_die_with_a_killed_rank_and_leave_no_memory(shards, checkpoint):
 
 def test_short_memory_is_an_error(builder):
     item = builder.build(7, Sample("k", "q", "t", (compressed(picture(60, 60)),)))
-    fd = handover.write_item((item, Sample("k", "q", "t")))
+    fd = handover.memory(handover.parts_of((item, Sample("k", "q", "t"))))
     os.ftruncate(fd, os.fstat(fd).st_size - 1)
     with pytest.raises(ValueError, match="shorter than it says"):
         handover.read_item(fd)
@@ -301,9 +301,9 @@ def test_memory_is_written_over(builder):
     for size in (200, 60, 120):
         sample = Sample("k", "q" * size, "t", (compressed(picture(size, size)),))
         item = builder.build(7, sample), Sample("k", "q", "t")
-        assert handover.write_item(item, fd) == fd and same(handover.read_item(fd), item)
+        assert handover.memory(handover.parts_of(item), fd) == fd and same(handover.read_item(fd), item)
     lost = Damage("s", "k", "r")
-    assert handover.read_item(handover.write_item(lost, fd)) == lost
+    assert handover.read_item(handover.memory(handover.parts_of(lost), fd)) == lost
     os.close(fd)
 
 

@@ -43,6 +43,13 @@ class Handler(SimpleHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
 
+    def connection_is_cut(self) -> bool:
+        try:
+            self.wfile.write(bytes(2000))
+        except OSError:
+            return True
+        return False
+
     def do_GET(self) -> None:
         name = self.path.lstrip("/")
         assert isinstance(self.server, Server)
@@ -62,7 +69,7 @@ class Handler(SimpleHTTPRequestHandler):
             whole = len(body)
         if harm == "flip":
             body = bytes(byte ^ 255 if i % 4000 == 0 else byte for i, byte in enumerate(body))
-        if harm == "endless":
+        if harm in ("endless", "drip"):
             whole = 1 << 40
         self.send_response(200)
         self.send_header("Content-Length", str(whole))
@@ -70,6 +77,8 @@ class Handler(SimpleHTTPRequestHandler):
         self.wfile.write(body)
         if harm == "stall":
             time.sleep(5)
+        while harm == "drip" and not self.connection_is_cut():
+            time.sleep(0.02)
         while harm == "endless":
             self.wfile.write(bytes(1 << 16))
 
@@ -109,9 +118,7 @@ def cache(tmp_path: Path, limit: int = 10**9, timeout_s: float = 1.0) -> Cache:
 
 def held(tmp_path: Path) -> list[Path]:
     return sorted(
-        p
-        for p in (tmp_path / "cache" / "vlmr1-shards").rglob("*")
-        if p.is_file() and p.suffix != ".lock" and p.name != ".lock"
+        p for p in (tmp_path / "cache" / "vlmr1-shards").rglob("*") if p.is_file() and p.suffix in (".tar", ".part")
     )
 
 
@@ -179,7 +186,7 @@ def test_a_server_that_is_gone(server: Server, tmp_path: Path) -> None:
     assert time.monotonic() - started < 30
     assert all(isinstance(item, Damage) and "no connection" in item.reason for item in lost)
     with pytest.raises(ValueError, match=rf"^{server.url}/shards.json: no connection after 0 bytes$"):
-        ShardSet.open(server.url, cache(tmp_path))
+        ShardSet.open(server.url, cache(tmp_path / "other"))
 
 
 def test_an_index_that_changes_is_no_other_data(server: Server, tmp_path: Path) -> None:
@@ -227,6 +234,36 @@ def test_many_readers_fetch_a_shard_once(server: Server, built: Path, tmp_path: 
     assert all(server.asked[name] == 1 for name in here.names)
 
 
+def test_ranks_that_start_together_fetch_each_index_once(server: Server, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        sets = list(pool.map(lambda _: ShardSet.open(server.url, cache(tmp_path, timeout_s=20.0)), range(4)))
+    assert len({shards.digest() for shards in sets}) == 1 and len(sets[0]) == ROWS
+    assert set(server.asked.values()) == {1} and len(server.asked) == 1 + len(sets[0].names)
+    for path in (tmp_path / "cache").rglob("*.fetched"):
+        os.utime(path, (0, time.time() - 61))
+    ShardSet.open(server.url, cache(tmp_path))
+    assert set(server.asked.values()) == {2}
+
+
+def test_readers_that_wait_for_one_that_fails_do_not_try_again(server: Server, tmp_path: Path) -> None:
+    sets = [ShardSet.open(server.url, cache(tmp_path, timeout_s=20.0)) for _ in range(4)]
+    bad = sets[0].names[0]
+    server.harm[bad] = "missing"
+    with ThreadPoolExecutor(4) as pool:
+        lost = list(pool.map(lambda shards: shards.read(0), sets))
+    assert server.asked[bad] == 3 and len(set(map(str, lost))) == 1
+    assert isinstance(lost[0], Damage) and "refused or not found" in lost[0].reason
+    server.harm.clear()
+    assert isinstance(ShardSet.open(server.url, cache(tmp_path)).read(0), Sample)  # a run that starts later asks
+
+
+def test_a_server_that_drips_has_failed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_MIN_BYTES_PER_S", 10_000_000)
+    server.harm["shard-000000.tar"] = "drip"
+    with pytest.raises(OSError, match="too slow: [0-9]+ bytes"):
+        remote.fetch(f"{server.url}/shard-000000.tar", lambda data: None, 1 << 32, 0.5)
+
+
 def test_readers_share_a_small_cache(server: Server, built: Path, tmp_path: Path) -> None:
     largest = max(path.stat().st_size for path in built.glob("*.tar"))
     here = ShardSet.open(built)
@@ -237,6 +274,11 @@ def test_readers_share_a_small_cache(server: Server, built: Path, tmp_path: Path
     for items, order in zip(results, orders, strict=True):
         assert items == [here.read(i) for i in order]
     assert sum(path.stat().st_size for path in held(tmp_path)) <= 2 * largest
+
+
+def test_a_url_needs_a_cache() -> None:
+    with pytest.raises(ValueError, match="with data.cache_dir set"):
+        ShardSet.open("http://host/shards")
 
 
 @pytest.mark.parametrize(
@@ -256,11 +298,12 @@ def test_readers_share_a_small_cache(server: Server, built: Path, tmp_path: Path
     ],
 )
 def test_urls_that_are_refused(url: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not a URL of shards"):
+    says = "commands are refused" if url.startswith("pipe:") else "not a URL of shards"
+    with pytest.raises(ValueError, match=says):
         ShardSet.open(url, cache(tmp_path))
-    with pytest.raises(ValueError, match="data.cache_dir"):
+    with pytest.raises(ValueError, match=says):
         ShardSet.open(url)
-    with pytest.raises(ValueError, match="not a URL of shards"):
+    with pytest.raises(ValueError, match=says):
         remote.fetch(url, lambda data: None, 1, 1.0)
     assert not (tmp_path / "cache").exists()
 

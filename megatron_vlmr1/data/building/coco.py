@@ -41,6 +41,8 @@ def rows(
             except ValueError as error:
                 bad.setdefault(number, f"{what}: {error}")
     for number, image in enumerate(images):
+        if not _is_id(image.get("id")) or ids[image["id"]] != number:
+            bad[number] = f"the id {image.get('id')!r:.80} is no whole number or text, or a later image has it too"
         found = boxes[number]
         labels = {box["label"] for box in found} if only_present and found else set(names.values())
         classes = ", ".join(dict.fromkeys(name for name in names.values() if name in labels))
@@ -58,12 +60,15 @@ def corners(box: Any) -> list[int | float]:
     """Return [x1, y1, x2, y2] of [x, y, width, height], to a hundredth of a pixel.
 
     Raises:
-        ValueError: not four numbers.
+        ValueError: not four numbers, or too large ones.
     """
     if not isinstance(box, list) or len(box) != 4 or not all(type(number) in (int, float) for number in box):
         raise ValueError(f"the bbox {json.dumps(box)[:80]} is not four numbers")
     x, y, width, height = box
-    return [_tidy(number) for number in (x, y, x + width, y + height)]
+    try:
+        return [_tidy(number) for number in (x, y, x + width, y + height)]
+    except OverflowError as error:  # an integer of hundreds of digits
+        raise ValueError("the bbox has numbers that are too large") from error
 
 
 def _parts(document: Any, path: Path) -> tuple[list[dict[str, Any]], dict[Any, str]]:

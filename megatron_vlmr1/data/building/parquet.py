@@ -42,7 +42,7 @@ def rows(path: Path, group: int, places: Sequence[int] | None = None) -> Iterato
                     (found,) = batch.slice(at, 1).to_pylist()
                     yield number, {key: _value(value, key in _IMAGES) for key, value in found.items()}
                 number += 1
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+    except (OSError, ValueError, TypeError, LookupError, NotImplementedError) as error:  # Arrow's are such
         raise ValueError(f"{path}: row group {group} cannot be read: {' '.join(str(error).split())}") from error
 
 
@@ -55,7 +55,7 @@ def _open(path: Path) -> Any:
         ) from error
     try:
         return parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, NotImplementedError) as error:  # Arrow's are such
         raise ValueError(f"{path}: not a parquet file: {' '.join(str(error).split())}") from error
 
 
@@ -72,7 +72,11 @@ def _value(value: Any, is_image: bool) -> Any:
     if isinstance(value, list | tuple):
         return [_value(item, is_image) for item in value]
     if isinstance(value, dict):
-        return value.get("bytes") or value.get("path") if is_image else {k: _value(v, False) for k, v in value.items()}
+        return (
+            value.get("bytes") or value.get("path") or ""
+            if is_image
+            else {k: _value(v, False) for k, v in value.items()}
+        )
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, bool | int | float | str | bytes) else str(value)

@@ -53,6 +53,8 @@ def _rows_of(entry: Any, template: str, box_format: str) -> Iterator[dict[str, A
     if not isinstance(entry, dict):
         raise ValueError("an entry must be a JSON object")
     image = _first(entry, _IMAGES)
+    if entry[image] is None:
+        raise ValueError(f"{image} is empty")
     box = entry.get(_first(entry, _BOXES))
     box_format = entry.get("bbox_format", box_format)
     if box_format not in ("xyxy", "xywh"):
