@@ -12,7 +12,7 @@ from megatron_vlmr1.cli.common import add_overrides, load_config, log_directory,
 from megatron_vlmr1.errors import BAD_INPUT, DONE, RunStopped
 from megatron_vlmr1.runtime.ranks import identity
 from megatron_vlmr1.runtime.signals import StopFlag
-from megatron_vlmr1.telemetry.files import json_line, write_atomic
+from megatron_vlmr1.telemetry.files import json_line, write_or_warn
 
 if TYPE_CHECKING:
     from megatron_vlmr1.config import Config
@@ -109,4 +109,4 @@ def _be_a_rank(cfg: Config) -> int:
 
 def _write_outcome(log_dir: Path, reason: str, code: int, step: int | None) -> None:
     """Say how the attempt ended, for the launcher or the batch script."""
-    write_atomic(log_dir / "outcome.json", json_line({"reason": " ".join(reason.split()), "code": code, "step": step}))
+    write_or_warn(log_dir / "outcome.json", json_line({"reason": " ".join(reason.split()), "code": code, "step": step}))

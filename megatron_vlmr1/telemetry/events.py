@@ -6,11 +6,15 @@ that thread; here the call that fails is the one that raises.
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+
+from megatron_vlmr1.telemetry.lines import write_whole
 
 
 class ScalarEvents:
@@ -25,20 +29,24 @@ class ScalarEvents:
 
     def __init__(self, directory: Path, first_step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
 
         directory.mkdir(parents=True, exist_ok=True)
         now = time.time()
         # Readers go through the files in the order of their names.
         name = f"events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}"
-        self._writer = RecordWriter((directory / name).open("wb"))
-        self._writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+        first = Event(wall_time=now, file_version="brain.Event:2")
         start = Event(wall_time=now, step=first_step, session_log=SessionLog(status=SessionLog.START))
-        self._writer.write(start.SerializeToString())
-        self._writer.flush()
+        path = directory / name
+        self._file = path.open("wb", buffering=0)
+        try:
+            write_whole(self._file, _record(first.SerializeToString()) + _record(start.SerializeToString()))
+        except OSError:
+            self.close()
+            path.unlink()
+            raise
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add one point to each metric's curve.
+        """Add one point to each metric's curve, or none.
 
         Raises:
             OSError: the disk is full.
@@ -47,9 +55,18 @@ class ScalarEvents:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        self._writer.write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)).SerializeToString())
-        self._writer.flush()
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        write_whole(self._file, _record(event.SerializeToString()))
 
     def close(self) -> None:
-        """Close the file."""
-        self._writer.close()
+        """Close the file, to which everything has been written."""
+        with suppress(OSError):
+            self._file.close()
+
+
+def _record(data: bytes) -> bytes:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    out = io.BytesIO()
+    RecordWriter(out).write(data)
+    return out.getvalue()

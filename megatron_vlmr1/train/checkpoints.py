@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _FAILURES = 3  # failed saves in a row, before the run stops itself
 # What may differ when a run goes on: it does not change what a step computes.
-_FREE_SECTIONS = ("parallel.", "recompute.", "evaluate.", "data.evaluate.")
+_FREE_SECTIONS = ("parallel.", "recompute.", "evaluate.", "data.evaluate.", "telemetry.")
 _FREE_KEYS = {
     "run_dir",
     "rollout.max_cache_tokens",
@@ -37,6 +37,9 @@ _FREE_KEYS = {
     "train.micro_batch_tokens",
     "train.micro_batches",
     "train.balance",
+    "train.replica_check_every",
+    "train.spike_factor",
+    "train.spike_window",
     "train.save_every",
     "train.keep_checkpoints",
     "train.evaluate_every",
