@@ -67,11 +67,8 @@ class MetricsWriter:
             write_atomic(path, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in kept))
 
     def close(self) -> None:
-        """Write what still waits, and close TensorBoard's file and the W&B run."""
+        """Write what still waits, and end the W&B run."""
         self._lines.flush()
-        if self._events is not None:
-            self._events.close()
-            self._events = None
         if self._wandb is not None:
             self._wandb.close()
 
@@ -81,9 +78,6 @@ class MetricsWriter:
                 self._events = ScalarEvents(self._run_dir / "tensorboard", first_step=step)
             self._events.write(step, values)
         except Exception as error:  # a plotting library, whatever it raises, is no reason to lose a training run
-            if self._events is not None:
-                self._events.close()
-            self._events = None  # the next step begins a new file
             self._lost += 1
             if not self._failing:
                 log.error("%s/tensorboard is not written, and the run goes on without: %s", self._run_dir, error)

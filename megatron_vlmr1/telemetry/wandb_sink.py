@@ -68,12 +68,14 @@ class WandbSink:
         """Give the rest some seconds to get out."""
         self._leaving.set()
         with suppress(queue.Full):
-            self._waiting.put_nowait(None)
+            self._waiting.put_nowait(None)  # wakes the thread, which a full queue would not let sleep
         self._thread.join(_LEAVE_S)
 
     def _work(self) -> None:
         run = self._begin()
-        while run is not None and (item := self._waiting.get()) is not None:
+        while run is not None and not (self._leaving.is_set() and self._waiting.empty()):
+            if (item := self._waiting.get()) is None:
+                continue
             step, metrics = item
             try:
                 run.log(metrics, step=step)
