@@ -85,8 +85,8 @@ class Updater:
             The last stage's results of each micro-batch, and `train/*` metrics.
 
         Raises:
-            RunStopped: gradients were not finite three times in a row, or copies of the parameters differ (exit code
-                17).
+            RunStopped: loss or gradients were not finite three times in a row, or copies of the parameters differ; exit
+                code 17.
         """
         assert self.policy.ddp
         self.replicas.check(state=True)
@@ -94,11 +94,12 @@ class Updater:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(self.policy.ddp, batches, loss)
-        if not parallel_optimizer.gradients_finite(self.policy.ddp):
+        losses = [result["loss"] for result in results if "loss" in result]
+        if not parallel_optimizer.gradients_finite(self.policy.ddp, losses):
             self.bad_steps += 1
             self.not_finite += 1
             if self.bad_steps >= 3:
-                raise RunStopped(STOPPED, "gradients were not finite in three steps in a row")
+                raise RunStopped(STOPPED, "loss or gradients were not finite in three steps in a row")
             return results, {"train/grad_norm": float("nan"), "train/lr": lr, "train/skipped": 1.0}
         self.bad_steps = 0
         parallel_optimizer.set_learning_rate(self.optimizer, lr)

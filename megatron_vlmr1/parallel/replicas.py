@@ -28,7 +28,7 @@ from megatron_vlmr1.runtime import device, distributed
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # Numbers that are weighed at a time: on a CPU so many that they stay in its cache, on a GPU enough to fill it.
-_CPU_CHUNK, _CUDA_CHUNK = 1 << 16, 1 << 24
+_CPU_CHUNK, _CUDA_CHUNK = 1 << 16, 1 << 22
 
 
 class Replicas:

@@ -84,7 +84,7 @@ class Run:
         self.step = int(progress.get("step", cfg.debug.first_step))
         self.updater.bad_steps = int(progress.get("bad_steps", 0))
         self.updater.replicas.remember()
-        self.updater.replicas.check()
+        self.updater.replicas.check(always=True)
         self.spikes = Spikes(cfg.train.spike_factor, cfg.train.spike_window, progress.get("recent"))
         self.feed = self._feed(int(progress.get("consumed_samples", self._first_position())), stack)
         self.feed.skipped = int(progress.get("skipped", 0))

@@ -58,7 +58,7 @@ def everything(root: Path) -> None:
             out = mesh.rank
     for name in ("tp2", "dp2"):
         with layout(name) as mesh:
-            for kind in ("loss", "gradient"):
+            for kind in ("loss", "gradient", "only the loss"):
                 seen["bad"][f"{name} {kind}"] = bad_steps(root / "untied", mesh, kind)
     (root / f"replicas_{out}.json").write_text(json.dumps(seen))
 
@@ -152,7 +152,8 @@ def bad_steps(source: Path, mesh: Mesh, kind: str) -> dict[str, Any]:
     if kind == "gradient" and bad:
         weight = trainer.policy.model.language.decoder.layers[0].mlp.linear_fc2.weight  # split over tensor ranks
         weight.register_hook(lambda gradient: gradient * float("nan"))
-    loss = _loss(trainer.policy, float("nan") if kind == "loss" and bad else 1.0)
+    nan = float("nan") if bad else 1.0
+    loss = _loss(trainer.policy, nan if kind == "loss" else 1.0, nan if kind == "only the loss" else 1.0)
     hashes, skipped, code = [trainer.digest()], [], 0
     try:
         for _ in range(3):
@@ -164,9 +165,11 @@ def bad_steps(source: Path, mesh: Mesh, kind: str) -> dict[str, Any]:
     return {"hashes": hashes, "skipped": skipped, "code": code}
 
 
-def _loss(policy: Any, factor: float) -> Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, Any]]]:
+def _loss(
+    policy: Any, factor: float, told: float
+) -> Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, dict[str, Any]]]:
     def loss(hidden: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, Any]]:
         values, _ = policy.logprobs(hidden, *label_tensors(batch))
-        return values.mean() * factor, {}
+        return values.mean() * factor, {"loss": values.detach().mean() * told}
 
     return loss
