@@ -1,6 +1,7 @@
-"""`vlmr1` with completions whose log-probs are not numbers, as from a faulty kernel: at some steps, on one rank.
+"""`vlmr1` with bad numbers on one rank at some steps, counted from 0.
 
-Called as ``bad_numbers.py RANK STEP,STEP… WORDS…``.
+Called as ``bad_numbers.py nan|flip RANK STEP,STEP… WORDS…``: a completion's log-probs are not numbers, as from a faulty
+kernel; or a bit of the last norm flips right after the optimizer's step.
 """
 
 from __future__ import annotations
@@ -34,6 +35,25 @@ def spoil(rank: str, steps: set[int]) -> None:
     grpo.rollout = rollout
 
 
+def flip(rank: str, steps: set[int]) -> None:
+    """Flip the lowest bit of a weight after these steps on that rank."""
+    import torch
+
+    from megatron_vlmr1.grpo.update import Updater
+
+    original, taken = Updater.step, 0
+
+    def step(self: Any, *args: Any) -> Any:
+        nonlocal taken
+        out = original(self, *args)
+        if os.environ["RANK"] == rank and taken in steps:
+            self.policy.chunks[-1].language.decoder.final_layernorm.weight.detach().view(torch.int32)[5] ^= 1
+        taken += 1
+        return out
+
+    Updater.step = step
+
+
 if __name__ == "__main__":
-    spoil(sys.argv[1], set(map(int, sys.argv[2].split(","))))
-    sys.exit(main(sys.argv[3:]))
+    {"nan": spoil, "flip": flip}[sys.argv[1]](sys.argv[2], set(map(int, sys.argv[3].split(","))))
+    sys.exit(main(sys.argv[4:]))

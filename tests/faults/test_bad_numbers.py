@@ -28,7 +28,7 @@ def test_three_in_a_row_end_the_run_and_each_can_be_replayed(
         tmp_path, shards, parallel=DP2, grpo={"truncated_importance": 2.0}, train={"steps": 9, "save_every": 2}
     )
     script = str(Path(__file__).with_name("bad_numbers.py"))
-    command = [sys.executable, script, "1", "1,3,4,5", "train", str(config)]
+    command = [sys.executable, script, "nan", "1", "1,3,4,5", "train", str(config)]
     code = run_ranks(2, command, tmp_path / "logs")
     said = capfd.readouterr().err
     assert code == 17, said
@@ -60,3 +60,21 @@ def test_three_in_a_row_end_the_run_and_each_can_be_replayed(
     assert (step, row["train/skipped"], row["data/consumed"]) == (5, 1.0, 24)
     assert math.isnan(row["train/loss"]) and math.isnan(row["train/grad_norm"])
     assert "step 6 was not finite" in output
+
+
+@pytest.mark.timeout(200)
+def test_a_bit_that_flips_in_one_copy_ends_the_run_before_it_is_saved(
+    tmp_path: Path, shards: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = jobs.write_config(tmp_path, shards, parallel=DP2, train={"save_every": 1})
+    script = str(Path(__file__).with_name("bad_numbers.py"))
+    code = run_ranks(2, [sys.executable, script, "flip", "1", "1", "train", str(config)], tmp_path / "logs")
+    said = capfd.readouterr().err
+    assert code == 17, said
+    outcome = json.loads((tmp_path / "logs/outcome.json").read_text())
+    assert (outcome["code"], outcome["step"]) == (17, 2)
+    name = "language.decoder.final_layernorm.weight"
+    assert outcome["reason"].startswith(f"{name} differs from the other copies: either rank 0 on "), outcome
+    checkpoints = tmp_path / "run/checkpoints"
+    assert [path.name for path in checkpoints.iterdir() if path.name.startswith("step_")] == ["step_1"]
+    assert verify(checkpoints / "step_1") == [] and not (tmp_path / "run/bad_batches").exists()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_vlmr1.parallel import replicas
-from megatron_vlmr1.parallel.replicas import checksums
+from megatron_vlmr1.parallel.replicas import Replicas, checksums
+from tests.distributed import ranks
 
 WORDS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.uint8: torch.uint8, torch.float64: torch.int64}
 
@@ -68,3 +70,18 @@ def test_who_differs():
     rows[2][4] = 6
     [found] = replicas._unlike(rows, (1, 2), 4, [0])
     assert (found.ranks, found.suspects) == ((2, 3), {2, 3})
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, 0), (1, 3 + 5 * 4), (3, 2 + 1 + 3 + 1)])
+def test_it_is_thinned_out(monkeypatch, every, expected):
+    calls = []
+    monkeypatch.setattr(replicas, "checksums", lambda tensors: calls.append(1) or checksums(tensors))
+    with ranks.alone() as mesh:
+        checked = Replicas([torch.nn.Linear(3, 3)], SimpleNamespace(chained_optimizers=[]), mesh, every)
+        for _ in range(6):
+            checked.check(state=True)
+            checked.check()
+            checked.remember()
+        assert len(calls) == expected
+        checked.check(always=True)
+        assert len(calls) == expected + (every > 0)
