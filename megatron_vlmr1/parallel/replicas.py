@@ -120,9 +120,9 @@ class Replicas:
         knows = min(suspects & set(among) or set(among) or suspects)
         name = distributed.broadcast_text(name, knows)
         hosts = {rank: distributed.broadcast_text(socket.gethostname(), rank) for rank in sorted(suspects)}
-        ranks = " or ".join(f"rank {rank} on {host}" for rank, host in hosts.items())
-        one_of = "either " if among and len(suspects) > 1 else ""
-        raise RunStopped(STOPPED, f"{name} {what}: {one_of}{ranks}; nothing was trained on it or saved")
+        unknown = len(suspects) > 1 and suspects == set(among)  # which of them it is
+        ranks = (" or " if unknown else " and ").join(f"rank {rank} on {host}" for rank, host in hosts.items())
+        raise RunStopped(STOPPED, f"{name} {what}: {'either ' * unknown}{ranks}; nothing was trained on it or saved")
 
 
 class _Unlike(NamedTuple):
