@@ -284,6 +284,14 @@ class TrainConfig(Section):
     """At least this many micro-batches a step; the pipeline size when empty."""
     balance: bool = True
     """Exchange groups between data-parallel ranks before the update, so that each has about as much to compute."""
+    replica_check_every: NonNegativeInt = 1
+    """Compare parameters that several ranks hold, and the optimizer's state with what the last step left, at every so
+    many optimizer steps before anything is trained on them or saved; 0 never. A difference ends the run with exit code
+    17. A damaged copy heals at the next step, so what is left out is not seen later."""
+    spike_factor: NonNegativeFloat = 10.0
+    """A loss or gradient norm is flagged (train/loss_spike, train/grad_spike) that lies so many times the median
+    deviation above the median of the last train.spike_window steps; 0 never. Nothing else changes."""
+    spike_window: PositiveInt = 100
     save_every: NonNegativeInt = 100
     """Checkpoint after every so many steps, and after the last; 0 saves only the last."""
     async_save: bool = True
@@ -318,6 +326,13 @@ class EvaluateConfig(Section):
     """Besides greedy answers, sample one at the rollout's temperature for reward_mean."""
 
 
+class TelemetryConfig(Section):
+    """Where numbers go besides the run directory."""
+
+    wandb_project: str | None = None
+    """Log metrics to this Weights & Biases project too, which needs the extra `wandb`; steps never wait for it."""
+
+
 class DebugConfig(Section):
     """Half a GRPO step at a time: generate without training, train without generating."""
 
@@ -326,6 +341,8 @@ class DebugConfig(Section):
     replay_rollouts: str | None = None
     """Directory of saved rollouts; steps take completions and scores from there, and neither generate nor score. Same
     data, seed and prompts per step as the run that saved them; any data-parallel size."""
+    first_step: NonNegativeInt = 0
+    """Begin with this step, at its place in the data and with the weights of model.path: to replay a bad batch."""
     skip_update: bool = False
     """Generate and score, but leave the policy as it is."""
 
@@ -351,12 +368,15 @@ class Config(Section):
     rewards: RewardsConfig = RewardsConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     debug: DebugConfig = DebugConfig()
 
     @model_validator(mode="after")
     def _debug_fits(self) -> Config:
-        if self.method != "grpo" and self.debug != DebugConfig():
-            raise ValueError("debug.* is about rollouts: it needs method=grpo")
+        if self.method != "grpo" and self.debug != DebugConfig(first_step=self.debug.first_step):
+            raise ValueError("debug.* but first_step is about rollouts: it needs method=grpo")
+        if self.debug.first_step >= self.train.steps:
+            raise ValueError(f"debug.first_step={self.debug.first_step} is not before train.steps={self.train.steps}")
         if self.debug.replay_rollouts is not None and self.train.evaluate_every:
             raise ValueError("debug.replay_rollouts starts no rewards: it needs train.evaluate_every=0")
         return self

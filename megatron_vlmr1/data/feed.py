@@ -12,6 +12,7 @@ from megatron_vlmr1.parallel import reduce
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.runtime import distributed
 from megatron_vlmr1.telemetry.files import json_line, write_atomic
+from megatron_vlmr1.telemetry.lines import LineFile
 from megatron_vlmr1.types import Damage, Prompt, Sample
 
 
@@ -33,9 +34,15 @@ class Feed:
             ledger: receives one JSON line for each loss; None where another rank writes it.
             refuse_long: whether a prompt that is too long ends the run.
         """
-        self._stream, self._reader, self._mesh, self._ledger = stream, reader, mesh, ledger
+        self._stream, self._reader, self._mesh = stream, reader, mesh
+        self._ledger = LineFile(ledger) if ledger is not None else None
         self._refuse_long = refuse_long
         self.skipped = 0
+
+    @property
+    def unwritten(self) -> int:
+        """Rows that are not in this rank's ledger, because its disk is full or fails."""
+        return self._ledger.unwritten if self._ledger is not None else 0
 
     @property
     def consumed(self) -> int:
@@ -50,6 +57,8 @@ class Feed:
         Raises:
             ValueError: a prompt is too long, and that is to end the run; on all ranks of the world.
         """
+        if self._ledger is not None:
+            self._ledger.flush()
         positions = self._stream.take(n_global)
         items = self._reader.read(positions)
         if self._refuse_long:
@@ -71,9 +80,7 @@ class Feed:
         self.skipped += 1
         shard, key = self._stream.locate(position)
         if self._ledger is not None:
-            self._ledger.parent.mkdir(parents=True, exist_ok=True)
-            with self._ledger.open("ab") as out:
-                out.write(json_line({"position": position, "shard": shard, "key": key, "reason": reason}))
+            self._ledger.append(json_line({"position": position, "shard": shard, "key": key, "reason": reason}))
 
 
 def agree_on_length(built: Iterable[tuple[str, object]]) -> None:

@@ -17,14 +17,16 @@ from megatron_vlmr1.telemetry.files import write_atomic
 from megatron_vlmr1.types import Group, Prompt
 
 
-def write_rollout(folder: Path, step: int, rank: int, ranks: int, groups: Sequence[Group]) -> None:
+def write_rollout(folder: Path, step: int, rank: int, ranks: int, groups: Sequence[Group], first: int) -> None:
     """Write the groups of data-parallel rank `rank` of `ranks`; one rank of each copy of the model calls it.
+
+    `first` is the position in the data order at which the step began.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
     bare = [replace(g, prompt=replace(g.prompt, images=()), advantages=None) for g in groups]
-    write_atomic(_path(folder, step, rank), to_bytes({"ranks": ranks, "groups": bare}))
+    write_atomic(_path(folder, step, rank), to_bytes({"ranks": ranks, "first": first, "groups": bare}))
 
 
 def read_rollout(folder: Path, step: int) -> dict[int, Group]:
@@ -36,10 +38,19 @@ def read_rollout(folder: Path, step: int) -> dict[int, Group]:
     groups: list[Group] = []
     rank, ranks = 0, 1
     while rank < ranks:
-        ranks, more = _read(_path(folder, step, rank))
+        ranks, _, more = _read(_path(folder, step, rank))
         groups += more
         rank += 1
     return {group.prompt.position: group for group in groups}
+
+
+def first_position(folder: Path, step: int) -> int:
+    """Return the position in the data order at which the step of a saved rollout began.
+
+    Raises:
+        ValueError: there is no such rollout.
+    """
+    return _read(_path(folder, step, 0))[1]
 
 
 def with_prompts(saved: dict[int, Group], prompts: Sequence[Prompt]) -> list[Group]:
@@ -64,17 +75,23 @@ def _path(folder: Path, step: int, rank: int) -> Path:
     return folder / f"step_{step}" / f"rank_{rank}.msgpack"
 
 
-def _read(path: Path) -> tuple[int, tuple[Group, ...]]:
+def _read(path: Path) -> tuple[int, int, tuple[Group, ...]]:
     try:
         found = from_bytes(path.read_bytes())
     except OSError as error:
         raise ValueError(f"debug.replay_rollouts: {path}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"debug.replay_rollouts: {path}: {error}") from error
-    ranks, groups = (found.get("ranks"), found.get("groups")) if isinstance(found, dict) else (None, None)
-    if type(ranks) is not int or not isinstance(groups, tuple) or not all(map(_whole, groups)):
+    ranks, first, groups = map((found if isinstance(found, dict) else {}).get, ("ranks", "first", "groups"))
+    if (
+        type(ranks) is not int
+        or type(first) is not int
+        or first < 0
+        or not isinstance(groups, tuple)
+        or not all(map(_whole, groups))
+    ):
         raise ValueError(f"debug.replay_rollouts: {path}: not a rollout")
-    return ranks, groups
+    return ranks, first, groups
 
 
 def _whole(group: object) -> bool:

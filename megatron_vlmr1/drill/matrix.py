@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import megatron_vlmr1
-from megatron_vlmr1.drill import damage, disk, layouts, operations, rows
+from megatron_vlmr1.drill import damage, disk, layouts, operations, rows, watched
 from megatron_vlmr1.drill.field import Field
 from megatron_vlmr1.drill.jobs import Missed
 from megatron_vlmr1.drill.rows import Row
@@ -24,11 +24,19 @@ logger = logging.getLogger(__name__)
 
 _KILLED = "survivors out <= 5 s, exit != 0, 0 orphans after 5 s; resumed run's final hashes = uninterrupted"
 _DISK = "nothing published, temporary removed, training goes on; next save works once there is room; three in a row: 17"
+_FLIP = "found before it is trained on"
+_LOGS = "training unaffected (<= 2 % step time)"
 ROWS = (
     Row("kill-rollout", "kill -9 a rank in rollout", _KILLED, rows.kill_in("rollout"), short=True),
     Row("kill-forward", "kill -9 a rank in forward", _KILLED, rows.kill_in("forward")),
     Row("kill-all-reduce", "kill -9 a rank in all-reduce", _KILLED, rows.kill_in("all-reduce")),
     Row("kill-optimizer", "kill -9 a rank in optimizer", _KILLED, rows.kill_in("optimizer")),
+    Row(
+        "sigstop",
+        "SIGSTOP a rank",
+        "named with phase and stacks <= timeout + 2 s, job ends",
+        watched.stopped_rank,
+    ),
     Row("kill-launcher", "kill -9 the launcher", "0 orphans <= 5 s", rows.kill_launcher),
     Row(
         "sigterm",
@@ -44,6 +52,10 @@ ROWS = (
         rows.bad_numbers,
         short=True,
     ),
+    Row(
+        "flip-copy", "a bit flipped in one DP replica's parameters right after the gather", _FLIP, watched.flipped_copy
+    ),
+    Row("flip-master", "a bit flipped in an fp32 master shard", _FLIP, watched.flipped_master),
     Row("disk-full", "disk full (8 MB)", _DISK, disk.full),
     Row("disk-read-only", "read-only directory", _DISK, disk.read_only),
     Row("disk-eio", "EIO on a save", _DISK, disk.input_output_error),
@@ -73,6 +85,8 @@ ROWS = (
         "same samples; next log-probs <= 1e-5, gradient norm <= 1e-5 relative in fp32",
         layouts.own_processes,
     ),
+    Row("wandb", "W&B unreachable", _LOGS, watched.unreachable_wandb),
+    Row("full-logs", "full log disk", _LOGS, watched.full_log_disk),
 )
 
 

@@ -23,13 +23,14 @@ class Batch:
     Attributes:
         drawn: every group of this rank, in the order of positions.
         rounds: how many rounds were drawn.
+        first: position of the data order at which the step began.
     """
 
     def __init__(self, size: int, max_rounds: int, first: int) -> None:
         """`first` is the next position of the data order; 0 `max_rounds` is one round without refilling."""
         self.drawn: list[Group] = []
         self.rounds = 0
-        self._size, self._max_rounds, self._first = size, max_rounds, first
+        self._size, self._max_rounds, self.first = size, max_rounds, first
         self._found: list[int] = []  # positions of groups to learn from, on all ranks
 
     @property
@@ -47,7 +48,7 @@ class Batch:
 
     def add(self, groups: Sequence[Group]) -> None:
         """Take this rank's scored groups of the next round; all ranks call it."""
-        start = self._first + self.rounds * self._size
+        start = self.first + self.rounds * self._size
         positions = range(start, start + self._size)
         assert all(group.prompt.position in positions for group in groups)
         self.drawn += groups

@@ -20,6 +20,7 @@ from megatron_vlmr1.grpo.reference import Reference
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.parallel import optimizer as parallel_optimizer
 from megatron_vlmr1.parallel import reduce, schedule
+from megatron_vlmr1.parallel.replicas import Replicas
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.telemetry.timers import PhaseTimers
 from megatron_vlmr1.types import FloatArray, Group
@@ -47,6 +48,8 @@ class Updater:
     def __init__(self, policy: Policy, optimizer: MegatronOptimizer, cfg: Config) -> None:
         self.policy, self.optimizer, self.cfg = policy, optimizer, cfg
         self.bad_steps = 0  # in a row
+        self.not_finite = 0  # since the start
+        self.replicas = Replicas(policy.chunks, optimizer, policy.mesh, cfg.train.replica_check_every)
 
     def micro_batches(self, groups: Sequence[PackedGroup]) -> list[MicroBatch]:
         """Pack this rank's groups; at least one micro-batch, an empty one where there is no group."""
@@ -82,21 +85,26 @@ class Updater:
             The last stage's results of each micro-batch, and `train/*` metrics.
 
         Raises:
-            RunStopped: gradients were not finite three times in a row (exit code 17).
+            RunStopped: loss or gradients were not finite three times in a row, or copies of the parameters differ; exit
+                code 17.
         """
         assert self.policy.ddp
+        self.replicas.check(state=True)
         for chunk in self.policy.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         results = self._run(self.policy.ddp, batches, loss)
-        if not parallel_optimizer.gradients_finite(self.policy.ddp):
+        losses = [result["loss"] for result in results if "loss" in result]
+        if not parallel_optimizer.gradients_finite(self.policy.ddp, losses):
             self.bad_steps += 1
+            self.not_finite += 1
             if self.bad_steps >= 3:
-                raise RunStopped(STOPPED, "gradients were not finite in three steps in a row")
+                raise RunStopped(STOPPED, "loss or gradients were not finite in three steps in a row")
             return results, {"train/grad_norm": float("nan"), "train/lr": lr, "train/skipped": 1.0}
         self.bad_steps = 0
         parallel_optimizer.set_learning_rate(self.optimizer, lr)
         _, grad_norm, _ = self.optimizer.step()
+        self.replicas.remember()
         self.policy.weights_changed(tower=not self.policy.freeze_vision)
         return results, {"train/grad_norm": float(grad_norm or 0.0), "train/lr": lr, "train/skipped": 0.0}
 

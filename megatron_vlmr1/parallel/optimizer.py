@@ -80,9 +80,11 @@ def _finalize_gradients(
             gradient.copy_(part.view_as(gradient))
 
 
-def gradients_finite(ddp: Sequence[DistributedDataParallel]) -> bool:
-    """Whether every gradient on every rank of the world is finite; all ranks get the same answer."""
+def gradients_finite(ddp: Sequence[DistributedDataParallel], losses: Sequence[torch.Tensor] = ()) -> bool:
+    """Whether every gradient, and loss [], on every rank of the world is finite; all ranks get the same answer."""
     bad = torch.zeros(1, device=device.device())
+    for loss in losses:
+        bad += (~torch.isfinite(loss)).float()
     for buffer in (buffer for chunk in ddp for buffer in chunk.buffers):
         bad += (~torch.isfinite(buffer.grad_data.sum())).float()
     dist.all_reduce(bad, dist.ReduceOp.MAX)

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_vlmr1 import errors
 from megatron_vlmr1.runtime import heartbeat
-from megatron_vlmr1.telemetry.files import json_line, write_atomic
+from megatron_vlmr1.telemetry.files import json_line, write_or_warn
 
 OUTCOME = "outcome.json"
 RETRY = "retry"  # a file in an attempt that was started with --retry: what failed before it is forgotten
@@ -28,12 +28,8 @@ class Crash:
 
 
 def write_outcome(log_dir: Path, reason: str, code: int, step: int | None) -> None:
-    """Say how the attempt ended, for the launcher or the batch script.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    write_atomic(log_dir / OUTCOME, json_line({"reason": " ".join(reason.split()), "code": code, "step": step}))
+    """Say how the attempt ended, for the launcher or the batch script; a full disk is only warned of."""
+    write_or_warn(log_dir / OUTCOME, json_line({"reason": " ".join(reason.split()), "code": code, "step": step}))
 
 
 def read_outcome(log_dir: Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 
 # label, metric, format; shown where the step has the metric
 _FIELDS = (
@@ -32,7 +33,8 @@ def console_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
 def print_line(step: int, steps: int, metrics: Mapping[str, float]) -> None:
     """Print `console_line` to stderr: with rich's colours on a terminal, plain in a log."""
     if not sys.stderr.isatty():
-        print(console_line(step, steps, metrics), file=sys.stderr, flush=True)
+        with suppress(OSError):  # stderr may be a file on a full disk
+            print(console_line(step, steps, metrics), file=sys.stderr, flush=True)
         return
     from rich.console import Console
     from rich.text import Text

@@ -6,11 +6,14 @@ that thread; here the call that fails is the one that raises.
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+from megatron_vlmr1.telemetry.lines import write_whole
 
 
 class ScalarEvents:
@@ -20,36 +23,39 @@ class ScalarEvents:
 
     Raises:
         ImportError: the tensorboard package is missing.
-        OSError: the directory cannot be written.
     """
 
     def __init__(self, directory: Path, first_step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        directory.mkdir(parents=True, exist_ok=True)
         now = time.time()
         # Readers go through the files in the order of their names.
-        name = f"events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}"
-        self._writer = RecordWriter((directory / name).open("wb"))
-        self._writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+        self._path = directory / f"events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}.{os.getpid()}"
+        first = Event(wall_time=now, file_version="brain.Event:2")
         start = Event(wall_time=now, step=first_step, session_log=SessionLog(status=SessionLog.START))
-        self._writer.write(start.SerializeToString())
-        self._writer.flush()
+        self._head = _record(first.SerializeToString()) + _record(start.SerializeToString())
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add one point to each metric's curve.
+        """Add one point to each metric's curve, or none.
 
         Raises:
-            OSError: the disk is full.
+            OSError: the disk is full or fails.
         """
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        self._writer.write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)).SerializeToString())
-        self._writer.flush()
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        data = _record(event.SerializeToString())
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # Reopened each time: a disk that came back is found again.
+        with self._path.open("ab", buffering=0) as file:
+            write_whole(file, data if file.tell() else self._head + data)
 
-    def close(self) -> None:
-        """Close the file."""
-        self._writer.close()
+
+def _record(data: bytes) -> bytes:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    out = io.BytesIO()
+    RecordWriter(out).write(data)
+    return out.getvalue()

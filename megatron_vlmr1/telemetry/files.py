@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -23,6 +26,16 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_or_warn(path: Path, data: bytes) -> bool:
+    """Do as `write_atomic` does, for a file that nobody has to have: return whether it is there, after a warning."""
+    try:
+        write_atomic(path, data)
+    except OSError as error:
+        log.warning("%s is not written: %s", path, error)
+        return False
+    return True
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:

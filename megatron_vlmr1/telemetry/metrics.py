@@ -1,10 +1,9 @@
-"""Numbers of a run: ``metrics.jsonl``, TensorBoard, and a line on the console."""
+"""Numbers of a run: ``metrics.jsonl``, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 from megatron_vlmr1.telemetry.events import ScalarEvents
 from megatron_vlmr1.telemetry.files import json_line, write_atomic
+from megatron_vlmr1.telemetry.lines import LineFile
+from megatron_vlmr1.telemetry.wandb_sink import WandbSink
 
 log = logging.getLogger(__name__)
 
@@ -21,21 +22,18 @@ MetricRows = list[tuple[int, dict[str, float]]]
 class MetricsWriter:
     """Writes a run's metrics; only one rank should have one.
 
-    No failure to write ends training: each sink warns once. ``metrics.jsonl`` is tried again at every step,
-    TensorBoard is dropped.
+    No failure to write ends or holds up training: lines of ``metrics.jsonl`` wait for a disk that is full, TensorBoard
+    and Weights & Biases lose points, and each says so once. ``telemetry/unwritten_lines`` counts the lines that were
+    not in the file when a step was written, ``telemetry/lost_points`` the steps that the others did not get.
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, wandb: WandbSink | None = None) -> None:
         self._run_dir = Path(run_dir)
-        self._path = self._run_dir / "metrics.jsonl"
+        self._lines = LineFile(self._run_dir / "metrics.jsonl")
+        self._wandb = wandb
         self._events: ScalarEvents | None = None
-        self._warned: set[str] = set()
-        self._torn = False
-        try:
-            self._run_dir.mkdir(parents=True, exist_ok=True)
-            self._torn = _ends_torn(self._path)
-        except OSError as error:
-            self._warn("metrics.jsonl", error)
+        self._lost = 0
+        self._failing = self._given_up = False  # TensorBoard
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line ``{"step", "unix_s", name: value, …}`` and one TensorBoard point per metric.
@@ -45,8 +43,13 @@ class MetricsWriter:
             metrics: name to number; NaN and infinities are kept as strings in the file.
         """
         values = {name: float(value) for name, value in metrics.items()}
-        self._append(json_line({"step": step, "unix_s": round(time.time(), 3)} | values))
-        self._write_events(step, values)
+        values["telemetry/unwritten_lines"] = float(self._lines.unwritten)
+        values["telemetry/lost_points"] = float(self._lost + (self._wandb.dropped if self._wandb else 0))
+        self._lines.append(json_line({"step": step, "unix_s": round(time.time(), 3)} | values))
+        if not self._given_up:
+            self._write_events(step, values)
+        if self._wandb is not None:
+            self._wandb.write(step, values)
 
     def truncate_after(self, step: int) -> None:
         """Drop what was written of `step` and later, and torn lines: for a run that resumes at `step`.
@@ -55,46 +58,34 @@ class MetricsWriter:
             OSError: the file cannot be read or rewritten. Resuming would then double steps, so this one is raised.
         """
         self._events = None
-        if not self._path.is_file():
+        path = self._lines.path
+        if not path.is_file():
             return
-        lines = self._path.read_bytes().splitlines(keepends=True)
+        lines = path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if (row := _parse(line)) is not None and row[0] < step]
-        write_atomic(self._path, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in kept))
-        self._torn = False
+        if kept != lines:
+            write_atomic(path, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in kept))
 
     def close(self) -> None:
-        """Close the TensorBoard file."""
-        if self._events is not None:
-            self._events.close()
-            self._events = None
-
-    def _append(self, line: bytes) -> None:
-        try:
-            # Reopened each time: a file that was rotated or a disk that came back is found again.
-            with self._path.open("ab", buffering=0) as file:
-                data = b"\n" + line if self._torn else line
-                written = file.write(data)
-                self._torn = written != len(data)
-                if self._torn:
-                    raise OSError(f"{written} of {len(data)} bytes written")
-        except OSError as error:
-            self._warn("metrics.jsonl", error)
+        """Write what still waits, and end the W&B run."""
+        self._lines.flush()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def _write_events(self, step: int, values: Mapping[str, float]) -> None:
-        if "tensorboard" in self._warned:
-            return
         try:
             if self._events is None:
                 self._events = ScalarEvents(self._run_dir / "tensorboard", first_step=step)
             self._events.write(step, values)
         except Exception as error:  # a plotting library, whatever it raises, is no reason to lose a training run
-            self._events = None
-            self._warn("tensorboard", error)
-
-    def _warn(self, sink: str, error: Exception) -> None:
-        if sink not in self._warned:
-            self._warned.add(sink)
-            log.warning("%s of %s is not written: %s", sink, self._run_dir, error)
+            self._lost += 1
+            if not self._failing:
+                log.error("%s/tensorboard is not written, and the run goes on without: %s", self._run_dir, error)
+            self._failing, self._given_up = True, not isinstance(error, OSError)
+            return
+        if self._failing:
+            log.warning("%s/tensorboard is written again; %d steps were lost", self._run_dir, self._lost)
+        self._failing = False
 
 
 def read_metrics(run_dir: str | Path) -> MetricRows:
@@ -110,15 +101,6 @@ def read_metrics(run_dir: str | Path) -> MetricRows:
             if row is not None:
                 steps.setdefault(row[0], {}).update(_numbers(row[1]))
     return sorted(steps.items())
-
-
-def _ends_torn(path: Path) -> bool:
-    """Whether the file's last line has no newline: a writer was killed in the middle of it."""
-    if not path.is_file() or path.stat().st_size == 0:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
 
 
 def _parse(line: bytes) -> tuple[int, dict[str, Any]] | None:

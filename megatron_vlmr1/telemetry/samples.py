@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_vlmr1.telemetry.files import json_line, write_atomic
-
-log = logging.getLogger(__name__)
+from megatron_vlmr1.telemetry.files import json_line, write_or_warn
 
 
 def write_samples(run_dir: str | Path, step: int, rows: Sequence[Mapping[str, Any]]) -> Path | None:
@@ -24,9 +21,4 @@ def write_samples(run_dir: str | Path, step: int, rows: Sequence[Mapping[str, An
         The file, or None after a warning: a full disk does not end training.
     """
     path = Path(run_dir) / "samples" / f"step_{step}.jsonl"
-    try:
-        write_atomic(path, b"".join(json_line(row) for row in rows))
-    except OSError as error:
-        log.warning("%s is not written: %s", path, error)
-        return None
-    return path
+    return path if write_or_warn(path, b"".join(json_line(row) for row in rows)) else None

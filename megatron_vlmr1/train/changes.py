@@ -11,7 +11,7 @@ from megatron_vlmr1.config import Config
 logger = logging.getLogger(__name__)
 
 # What may differ without asking: it does not change what a step computes.
-_FREE_SECTIONS = ("parallel.", "recompute.", "evaluate.", "data.evaluate.", "train.keep_best.")
+_FREE_SECTIONS = ("parallel.", "recompute.", "evaluate.", "data.evaluate.", "train.keep_best.", "telemetry.")
 _FREE_KEYS = {
     "run_dir",
     "rollout.max_cache_tokens",
@@ -24,6 +24,9 @@ _FREE_KEYS = {
     "train.micro_batch_tokens",
     "train.micro_batches",
     "train.balance",
+    "train.replica_check_every",
+    "train.spike_factor",
+    "train.spike_window",
     "train.save_every",
     "train.async_save",
     "train.optimizer_format",

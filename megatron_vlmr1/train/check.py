@@ -11,6 +11,7 @@ from megatron_vlmr1.data.index import ShardSet
 from megatron_vlmr1.data.mixture import Mixture
 from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.rewards import tasks
+from megatron_vlmr1.telemetry.wandb_sink import check_installed
 
 
 def check_inputs(cfg: Config, world: int, trains: bool = True) -> None:
@@ -34,6 +35,8 @@ def check_inputs(cfg: Config, world: int, trains: bool = True) -> None:
     copies = cfg.parallel.data_parallel_size(world)
     if trains:
         check_shares(cfg, copies)
+        if cfg.telemetry.wandb_project:
+            check_installed(cfg.telemetry.wandb_project)
         if cfg.model.reference_path is not None:
             read_shape(hf_directory(cfg.model.reference_path, check=False))
         if cfg.debug.replay_rollouts is not None and not Path(cfg.debug.replay_rollouts).is_dir():

@@ -15,6 +15,7 @@ from megatron_vlmr1.grpo.update import GrpoUpdate
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.parallel.optimizer import learning_rate
 from megatron_vlmr1.runtime.signals import StopFlag
+from megatron_vlmr1.train.bad_batches import kept_if_bad
 from megatron_vlmr1.train.replay import replay, save_rollout
 from megatron_vlmr1.train.run import Run, requeue
 from megatron_vlmr1.train.scores import save_samples, score_metrics
@@ -43,10 +44,10 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag, allow_config_change: bool = F
                     groups = with_advantages(groups if run.replays else run.judges.collect(groups), cfg)
                 batch.add(groups)
             run.actor.engine.release()
-            save_rollout(batch.drawn, step, run)
+            save_rollout(batch.drawn, batch.first, step, run)
             metrics = score_metrics(batch.drawn, run) | work_metrics(batch.drawn, batch.kept, run)
             metrics["grpo/rounds"] = batch.rounds
-            with run.timers("update"):
+            with run.timers("update"), kept_if_bad(run, step, batch.first, batch.drawn):
                 if not cfg.debug.skip_update:
                     metrics |= update(even_out(batch.kept, run), learning_rate(cfg.optimizer, step, cfg.train.steps))
             run.actor.policy.forget_features()

@@ -11,11 +11,11 @@ from megatron_vlmr1.train.run import Run
 from megatron_vlmr1.types import Group, Prompt, Score
 
 
-def save_rollout(groups: Sequence[Group], step: int, run: Run) -> None:
-    """Write a step's scored groups, where the config asks for it."""
+def save_rollout(groups: Sequence[Group], first: int, step: int, run: Run) -> None:
+    """Write the scored groups of a step that began at position `first`, where the config asks for it."""
     mesh = run.mesh
     if run.cfg.debug.save_rollouts and mesh.is_model_leader:
-        write_rollout(run.run_dir / "rollouts", step, mesh.dp_rank, mesh.dp_size, groups)
+        write_rollout(run.run_dir / "rollouts", step, mesh.dp_rank, mesh.dp_size, groups, first)
 
 
 def replay(prompts: Sequence[Prompt], step: int, run: Run) -> list[Group]:

@@ -21,6 +21,7 @@ from megatron_vlmr1.data.cache import open_cache
 from megatron_vlmr1.data.feed import Feed, truncate_ledger
 from megatron_vlmr1.data.index import ShardSet
 from megatron_vlmr1.data.mixture import Mixture
+from megatron_vlmr1.data.rollouts import first_position
 from megatron_vlmr1.data.stream import Stream
 from megatron_vlmr1.errors import REQUEUE, RunStopped
 from megatron_vlmr1.evaluate import split
@@ -35,11 +36,13 @@ from megatron_vlmr1.runtime import device, distributed, lock
 from megatron_vlmr1.runtime.signals import StopFlag
 from megatron_vlmr1.runtime.time_limit import TimeLimit
 from megatron_vlmr1.telemetry import console, nvml
-from megatron_vlmr1.telemetry.files import write_atomic
+from megatron_vlmr1.telemetry.files import write_or_warn
 from megatron_vlmr1.telemetry.flops import peak_flops, utilisation
 from megatron_vlmr1.telemetry.metrics import MetricsWriter
 from megatron_vlmr1.telemetry.progress import here
+from megatron_vlmr1.telemetry.spikes import Spikes
 from megatron_vlmr1.telemetry.timers import PhaseTimers
+from megatron_vlmr1.telemetry.wandb_sink import WandbSink
 from megatron_vlmr1.train import loader
 from megatron_vlmr1.train.check import check_shares
 from megatron_vlmr1.train.checkpoints import Checkpoints
@@ -86,9 +89,12 @@ class Run:
                 "with; use another run_dir"
             )
         self.weights_sha256 = self._pinned_weights(source, progress)
-        self.step = int(progress.get("step", 0))
+        self.step = int(progress.get("step", cfg.debug.first_step))
         self.updater.bad_steps = int(progress.get("bad_steps", 0))
-        self.feed = self._feed(int(progress.get("consumed_samples", 0)), stack)
+        self.updater.replicas.remember()
+        self.updater.replicas.check(always=True)
+        self.spikes = Spikes(cfg.train.spike_factor, cfg.train.spike_window, progress.get("recent"))
+        self.feed = self._feed(int(progress.get("consumed_samples", self._first_position())), stack)
         self.feed.skipped = int(progress.get("skipped", 0))
         asks, timeout_s, serve = self.actor.engine.speaks, cfg.parallel.timeout_s, not self.replays
         family = self.actor.policy.shape.family
@@ -96,11 +102,11 @@ class Run:
             judges(cfg.rewards, cfg.task, mesh, asks, self.log_dir, timeout_s, family, serve)
         )
         self.timers = PhaseTimers(torch.cuda.synchronize if torch.cuda.is_available() else None)
-        self.metrics = MetricsWriter(self.run_dir) if mesh.rank == 0 else None
+        self.metrics = MetricsWriter(self.run_dir, self._wandb()) if mesh.rank == 0 else None
         if self.metrics is not None:
             stack.callback(self.metrics.close)
             self.metrics.truncate_after(self.step)
-            write_atomic(self.run_dir / "config.yaml", config.dump(cfg).encode())
+            write_or_warn(self.run_dir / "config.yaml", config.dump(cfg).encode())
         here.begin(self.step)
         self.limit.ready()
         self._started = time.perf_counter()
@@ -129,6 +135,10 @@ class Run:
         if problem := distributed.broadcast_text(problem):
             raise ValueError(problem)
 
+    def _wandb(self) -> WandbSink | None:
+        project = self.cfg.telemetry.wandb_project
+        return WandbSink(project, self.run_dir, self.cfg.model_dump(mode="json")) if project else None
+
     @property
     def replays(self) -> bool:
         """Whether completions and scores come from a saved rollout."""
@@ -143,6 +153,7 @@ class Run:
         """Log, evaluate, save; return whether to stop because a signal or the time asks for it. `step` is from 0."""
         cfg = self.cfg.train
         self.step = step + 1
+        self.updater.replicas.check()  # before anything is generated from what the step left
         last = self.step == cfg.steps
         here.step = self.step
         stopping = distributed.any_rank(self._should_stop())
@@ -155,6 +166,7 @@ class Run:
         metrics |= self.stragglers.compare(metrics, here.take_waits(), metrics["perf/step_s"])
         metrics |= self._rates(metrics) | nvml.device_metrics()
         metrics["checkpoint/save_failures"] = self.checkpoints.failures
+        metrics |= self.spikes.flags(step, metrics)
         self._started = now
         if self.metrics is not None:
             self.metrics.write(step, metrics)
@@ -180,6 +192,7 @@ class Run:
 
     def _save(self, metrics: dict[str, float], last: bool, wait: bool) -> None:
         """Save; the last checkpoint of an attempt is tried again until it is there or the run stops itself."""
+        self.updater.replicas.check(state=True, always=True)
         args = self.actor, self.optimizer, self._progress(), metrics, last, wait
         while not self.checkpoints.save(*args) and wait:
             continue
@@ -224,7 +237,7 @@ class Run:
             "config_changes": self.checkpoints.config_changes,
             **self.weights_sha256,
         }
-        write_atomic(self.run_dir / "facts.json", (json.dumps(facts, indent=1) + "\n").encode())
+        write_or_warn(self.run_dir / "facts.json", (json.dumps(facts, indent=1) + "\n").encode())
 
     def _shards_read_by(self, rank: int) -> list[str]:
         text = distributed.broadcast_text("\n".join(sorted(self.shards.shards_read)), rank)
@@ -235,6 +248,7 @@ class Run:
             "step": self.step,
             "consumed_samples": self.feed.consumed,
             "bad_steps": self.updater.bad_steps,
+            "recent": self.spikes.recent,
             "skipped": self.feed.skipped,
             "data_sha256": self.shards.digest(),
             **self.weights_sha256,
@@ -277,6 +291,13 @@ class Run:
         if problem := distributed.broadcast_text(problem):
             raise ValueError(problem)
         return dict(json.loads(distributed.broadcast_text(json.dumps(pinned))))
+
+    def _first_position(self) -> int:
+        """Return where in the data `debug.first_step` begins; 0 for step 0."""
+        cfg = self.cfg
+        if cfg.debug.first_step and cfg.debug.replay_rollouts is not None:
+            return first_position(Path(cfg.debug.replay_rollouts), cfg.debug.first_step)
+        return cfg.debug.first_step * cfg.train.prompts_per_step
 
     def _feed(self, consumed: int, stack: ExitStack) -> Feed:
         cfg, mesh = self.cfg, self.mesh

@@ -40,7 +40,9 @@ def score_metrics(groups: Sequence[Group], run: Run) -> dict[str, float]:
                 sums["square"] += score.value**2
                 for name in names:
                     sums[name] += score.parts[name]
-    sums = reduce.sums(sums | {"skipped": float(run.feed.skipped)}, run.mesh.is_model_leader)
+    sums = reduce.sums(
+        sums | {"skipped": float(run.feed.skipped), "ledger": float(run.feed.unwritten)}, run.mesh.is_model_leader
+    )
     n, scored = max(1.0, sums["n"]), max(1.0, sums["scored"])
     failed = 1.0 - sums["scored"] / n if sums["n"] else 0.0
     if failed > run.cfg.rewards.max_failed_frac:
@@ -57,6 +59,7 @@ def score_metrics(groups: Sequence[Group], run: Run) -> dict[str, float]:
         "rollout/truncated_frac": sums["truncated"] / n,
         "rollout/tokens": sums["length"],
         "data/skipped": sums["skipped"],
+        "data/ledger_unwritten": sums["ledger"],
         **run.judges.take_metrics(),
     }
 

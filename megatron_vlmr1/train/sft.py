@@ -18,6 +18,7 @@ from megatron_vlmr1.parallel.optimizer import learning_rate
 from megatron_vlmr1.parallel.schedule import Result
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.runtime.signals import StopFlag
+from megatron_vlmr1.train.bad_batches import kept_if_bad
 from megatron_vlmr1.train.run import Run, requeue
 from megatron_vlmr1.train.work import even_out, work_metrics
 from megatron_vlmr1.types import Prompt, Sample
@@ -35,14 +36,15 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag, allow_config_change: bool = F
         for step in range(run.step, cfg.train.steps):
             with run.timers("data"):
                 groups = packed(run, run.feed.next(cfg.train.prompts_per_step))
-            with run.timers("update"):
+            with run.timers("update"), kept_if_bad(run, step):
                 batches = run.updater.micro_batches(even_out(groups, run))
                 lr = learning_rate(cfg.optimizer, step, cfg.train.steps)
                 results, metrics = _update(batches, lr, run)
             run.actor.policy.forget_features()
             speaks = mesh.is_last_stage and mesh.tp_rank == 0
             sums = reduce.sums({k: sum(float(r[k]) for r in results) for k in ("loss", "tokens")}, speaks)
-            skipped = reduce.sums({"data/skipped": run.feed.skipped}, mesh.is_model_leader)
+            losses = {"data/skipped": run.feed.skipped, "data/ledger_unwritten": run.feed.unwritten}
+            skipped = reduce.sums(losses, mesh.is_model_leader)
             metrics |= {"train/loss": sums["loss"], "train/tokens": sums["tokens"], **skipped}
             metrics |= work_metrics(groups, groups, run)
             if run.after_step(step, metrics):

@@ -203,6 +203,7 @@ class Still:
 
     def __init__(self) -> None:
         self.param_groups: list[dict[str, Any]] = []
+        self.chained_optimizers: list[Any] = []
 
     def zero_grad(self) -> None:
         """Nothing is kept here."""

@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 
 from tests.tiny import write_tiny_checkpoint_files
-from tools.bench import checkpoint, common, convert, grpo_step, logprobs, rewards, rollout, stream, tiny, update
+from tools.bench import (
+    checkpoint,
+    common,
+    convert,
+    grpo_step,
+    logprobs,
+    replica_check,
+    rewards,
+    rollout,
+    stream,
+    tiny,
+    update,
+)
 
 
 def test_a_case_is_the_median_of_the_pairs_ratios():
@@ -71,6 +83,7 @@ def test_cases_are_chosen_by_name():
     args = common.parser("test", rollout.CASES).parse_args(["--case", "flat", "--case", "tail"])
     assert common.chosen(args, rollout.CASES) == ["tail", "flat"]
     assert common.chosen(common.parser("test", ("a",)).parse_args([]), ("a", "b")) == ["a", "b"]
+    assert set(replica_check.CASES) == {"step", "checksum"}
     assert set(logprobs.CASES) == {"memory", "time"}
     assert set(grpo_step.BETAS) == {"beta0", "beta0.04"} == set(update.CASES) - {"one_tower", "frozen"}
 

@@ -46,6 +46,8 @@ def refused(capfd: pytest.CaptureFixture[str], *words: object) -> str:
         ("task=reck", "no task named reck; known: counting, gui, "),
         ("task=/nowhere/my_task.py", "task: /nowhere/my_task.py: no such file"),
         ("rewards.weights.iuo=1", "iuo"),
+        ("telemetry.wandb_project=p", "telemetry.wandb_project=p: wandb is not installed; pip install"),
+        ("debug.first_step=4", "debug.first_step=4 is not before train.steps=4"),
         ("model.path=asset:huge_vlm", "known: tiny_vlm"),
         ("model.path=/nowhere", "/nowhere: no such directory"),
         ("data.train=/nowhere", "/nowhere: no such directory of shards"),

@@ -28,7 +28,7 @@ def group(position: int) -> Group:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for rank in range(2):
-        write_rollout(tmp_path, 3, rank, 2, [group(rank), group(2 + rank)])
+        write_rollout(tmp_path, 3, rank, 2, [group(rank), group(2 + rank)], 40)
     return tmp_path
 
 
@@ -49,7 +49,7 @@ def test_any_rank_finds_its_prompts(folder: Path):
 
 
 def test_a_file_of_an_earlier_and_larger_job_is_not_read(folder: Path):
-    write_rollout(folder, 3, 0, 1, [group(7)])
+    write_rollout(folder, 3, 0, 1, [group(7)], 0)
     assert sorted(read_rollout(folder, 3)) == [7]
 
 

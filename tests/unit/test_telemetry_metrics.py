@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import sys
 
 import pytest
 
-from megatron_vlmr1.telemetry import events, nvml
+from megatron_vlmr1.telemetry import nvml
 from megatron_vlmr1.telemetry.console import console_line, duration, print_line
 from megatron_vlmr1.telemetry.metrics import MetricsWriter, read_metrics
 from megatron_vlmr1.telemetry.samples import write_samples
 from megatron_vlmr1.telemetry.timers import PhaseTimers
-
-full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+from tests.events import tensorboard_points
 
 
 def steps_of(run):
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def tensorboard_points(run, tag):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(str(run / "tensorboard"))
-    accumulator.Reload()
-    return [(point.step, round(point.value, 6)) for point in accumulator.Scalars(tag)]
 
 
 def test_lines_are_strict_json_and_read_back(tmp_path):
@@ -77,26 +67,6 @@ def test_hostile_lines_are_left_out(tmp_path):
     assert read_metrics(tmp_path / "absent") == []
 
 
-@full
-def test_a_full_disk_warns_once_and_does_not_raise(tmp_path, caplog):
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    (tmp_path / "tensorboard").write_text("in the way")
-    writer = MetricsWriter(tmp_path)
-    with caplog.at_level(logging.WARNING):
-        for step in range(3):
-            writer.write(step, {"x": 1.0})
-    assert sorted(record.message.split()[0] for record in caplog.records) == ["metrics.jsonl", "tensorboard"]
-
-
-def test_a_disk_that_comes_back_is_used_again(tmp_path):
-    writer = MetricsWriter(tmp_path)
-    (tmp_path / "metrics.jsonl").mkdir()
-    writer.write(0, {"x": 1.0})
-    (tmp_path / "metrics.jsonl").rmdir()
-    writer.write(1, {"x": 1.0})
-    assert steps_of(tmp_path) == [1]
-
-
 def test_without_tensorboard_the_lines_are_still_written(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)
     writer = MetricsWriter(tmp_path)
@@ -104,14 +74,6 @@ def test_without_tensorboard_the_lines_are_still_written(tmp_path, monkeypatch, 
     writer.write(1, {"x": 1.0})
     assert steps_of(tmp_path) == [0, 1]
     assert len(caplog.records) == 1
-
-
-@full
-def test_a_full_disk_raises_in_the_call_that_wrote(tmp_path):
-    scalars = events.ScalarEvents(tmp_path, 0)
-    scalars._writer._writer = open("/dev/full", "wb")
-    with pytest.raises(OSError):
-        scalars.write(0, {"x": 1.0})
 
 
 def test_samples_are_whole_and_strict(tmp_path):

@@ -1,4 +1,4 @@
-"""Rows that wait for parts that are not there yet; `matrix.ROWS` takes them up as those parts arrive."""
+"""The rows about what the run itself has to notice, or to live with: a stopped rank, flipped bits, lost telemetry."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TIMED_STEPS = 30
 
 
 def stopped_rank(field: Field) -> str:
-    """SIGSTOP the second rank in the middle of a forward pass. Needs the watchdog."""
+    """SIGSTOP the second rank in the middle of a forward pass."""
     config = field.config("sigstop", parallel={"timeout_s": _TIMEOUT_S}, train={"steps": 20})
     ended = run(config, RANKS, Fault(1, 3, "forward", "stop"))
     logs = field.root / "sigstop" / "logs" / "attempt_0"
@@ -40,12 +40,12 @@ def stopped_rank(field: Field) -> str:
 
 
 def flipped_copy(field: Field) -> str:
-    """Flip a bit in one data-parallel rank's parameters right after the gather. Needs the replica checks."""
+    """Flip a bit in one data-parallel rank's parameters right after the gather."""
     return _flipped(field, "flip", "fp32")
 
 
 def flipped_master(field: Field) -> str:
-    """Flip a bit in one rank's fp32 masters. Needs the replica checks."""
+    """Flip a bit in one rank's fp32 masters."""
     return _flipped(field, "flip-master", "bf16")
 
 
@@ -62,7 +62,7 @@ def _flipped(field: Field, action: str, precision: str) -> str:
 
 
 def unreachable_wandb(field: Field) -> str:
-    """Log to a W&B server that refuses connections. Needs `telemetry.wandb_project`."""
+    """Log to a W&B server that refuses connections."""
     with _environment(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="0" * 40):
         return _unaffected(field, "wandb", telemetry={"wandb_project": "drill"})
 

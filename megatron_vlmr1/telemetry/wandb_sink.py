@@ -1,0 +1,107 @@
+"""Weights & Biases, at arm's length: a training step hands its numbers over and never waits for the network."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import queue
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_MAX_WAITING = 1000  # steps
+_RETRY_S = 60.0  # between attempts to begin
+_LEAVE_S = 10.0  # for the last numbers to get out at the end of training
+
+
+def check_installed(project: str) -> None:
+    """Refuse a project where the wandb package is missing.
+
+    Raises:
+        ValueError: one line that says how to get it.
+    """
+    found = importlib.util.find_spec("wandb")
+    if found is None or found.origin is None:  # without an origin: a mere folder of that name, as wandb leaves behind
+        raise ValueError(
+            f"telemetry.wandb_project={project}: wandb is not installed; pip install 'megatron-vlmr1[wandb]', or leave "
+            "the setting empty"
+        )
+
+
+class WandbSink:
+    """One W&B run for a run directory, fed by a thread of its own from a bounded queue; what does not fit is dropped.
+
+    Attributes:
+        dropped: steps that W&B did not get.
+    """
+
+    def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]) -> None:
+        """Begin in the background; a run that is resumed goes on in the same W&B run."""
+        self.dropped = 0
+        self._settings = {
+            "project": project,
+            "name": run_dir.name,
+            "id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
+            "resume": "allow",
+            "dir": str(run_dir),
+            "config": dict(config),
+        }
+        self._waiting: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(_MAX_WAITING)
+        self._leaving = threading.Event()
+        self._warned = False
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hand a step's numbers over; returns at once."""
+        try:
+            self._waiting.put_nowait((step, dict(metrics)))
+        except queue.Full:
+            self._lost("it is too slow")
+
+    def close(self) -> None:
+        """Give the rest some seconds to get out."""
+        self._leaving.set()
+        with suppress(queue.Full):
+            self._waiting.put_nowait(None)  # wakes the thread, which a full queue would not let sleep
+        self._thread.join(_LEAVE_S)
+
+    def _work(self) -> None:
+        run = self._begin()
+        while run is not None and not (self._leaving.is_set() and self._waiting.empty()):
+            if (item := self._waiting.get()) is None:
+                continue
+            step, metrics = item
+            try:
+                run.log(metrics, step=step)
+            except Exception as error:  # whatever a service or its library does is no reason to lose a training run
+                self._lost(error)
+        if run is not None:
+            with suppress(Exception):
+                run.finish()
+
+    def _begin(self) -> Any:
+        """Return the W&B run, trying again until the end of training."""
+        while True:
+            try:
+                import wandb
+
+                return wandb.init(**self._settings)
+            except Exception as error:  # as above
+                self._warn(error)
+            if self._leaving.wait(_RETRY_S):
+                return None
+
+    def _lost(self, reason: object) -> None:
+        self.dropped += 1
+        self._warn(reason)
+
+    def _warn(self, reason: object) -> None:
+        if not self._warned:
+            log.error("Weights & Biases does not get all metrics, and the run goes on without: %s", reason)
+        self._warned = True
