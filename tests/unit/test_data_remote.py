@@ -29,6 +29,8 @@ ROWS = 40
 class Server(ThreadingHTTPServer):
     """Serves a folder; `harm` says what is done to which file's body, `asked` counts requests."""
 
+    daemon_threads = False  # closing waits for them: no connection is left open for the next test
+
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
         self.harm: dict[str, str] = {}
@@ -76,7 +78,7 @@ class Handler(SimpleHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
         if harm == "stall":
-            time.sleep(5)
+            self.connection.recv(1)  # until the client gives up
         while harm == "drip" and not self.connection_is_cut():
             time.sleep(0.02)
         while harm == "endless":
