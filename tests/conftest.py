@@ -1,7 +1,7 @@
 """Settings of every test: offline, one thread a process, this checkout first on the path of subprocesses.
 
-With pytest-xdist one worker takes all tests that start ranks, which have two cores of their own to wait for, one after
-another; the others share out the files of tests/unit.
+With pytest-xdist a worker takes all tests of a directory whose tests start ranks, one after another, or a file of
+tests/unit.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Say what the workers of pytest-xdist take at a time: a file of tests/unit, or all other tests."""
+    """Say what the workers of pytest-xdist take at a time: a file of tests/unit, or another directory."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid.partition("::")[0] if nodeid.startswith("tests/unit/") else "ranks"
+            file = nodeid.partition("::")[0]
+            return file if file.startswith("tests/unit/") else file.rpartition("/")[0]
 
     return ByFile(config, log)

@@ -7,16 +7,15 @@ from megatron_vlmr1.config.settings import (
     DebugConfig,
     EvaluateConfig,
     GrpoConfig,
-    KeepBestConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RecomputeConfig,
     RewardsConfig,
     RolloutConfig,
-    TrainConfig,
     decoding_layout,
 )
+from megatron_vlmr1.config.train import KeepBestConfig, TrainConfig
 
 __all__ = [
     "Config",

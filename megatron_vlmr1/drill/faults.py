@@ -26,7 +26,7 @@ POINTS = {
     "all-reduce": Point("torch.distributed:all_reduce", _STEP),
     "optimizer": Point("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.step_with_ready_grads"),
     "save": Point(_SAVE),
-    "save-file": Point("megatron_vlmr1.checkpoint.state:save_file"),  # each rank's own file of a checkpoint
+    "save-file": Point("megatron_vlmr1.checkpoint.state:_write_generators"),  # each rank's own file of a checkpoint
     "fsync": Point("os:fsync"),
     "after-step": Point("megatron_vlmr1.train.run:Run.after_step"),
 }

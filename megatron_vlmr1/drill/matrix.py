@@ -70,7 +70,6 @@ ROWS = (
         "200 bit flips and 50 truncations over every file of a checkpoint",
         "250/250 refused, file named, fallback taken",
         damage.flips_and_cuts,
-        short=True,
     ),
     Row("pickles", "hostile pickle in every slot of a checkpoint", "0 executions", damage.hostile_pickles),
     Row(

@@ -43,7 +43,7 @@ class WandbSink:
     def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]) -> None:
         """Begin in the background; a run that is resumed goes on in the same W&B run."""
         self.dropped = 0
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "project": project,
             "name": run_dir.name,
             "id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],

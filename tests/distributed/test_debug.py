@@ -14,7 +14,7 @@ from tests.distributed import plain
 
 STEPS = 2
 DP2 = {"tensor_model_parallel_size": 1}
-TRAIN = {"steps": STEPS, "save_every": 1}
+TRAIN = {"steps": STEPS, "save_every": 1, "optimizer_format": "fully_reshardable"}
 
 
 @pytest.fixture(scope="module")

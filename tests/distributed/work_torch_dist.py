@@ -13,14 +13,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megatron_vlmr1.checkpoint import sharded
+from megatron_vlmr1.checkpoint.background import Writes
+from megatron_vlmr1.checkpoint.sharded import Sharded
 from megatron_vlmr1.checkpoint.weights import HfWeights, load
 from megatron_vlmr1.config import ParallelConfig, RecomputeConfig
 from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.models.vlm import VlmModel, build_chunks
 from megatron_vlmr1.parallel import mesh as meshes
 from megatron_vlmr1.parallel.mesh import Mesh
-from megatron_vlmr1.runtime import seeds
+from megatron_vlmr1.runtime import distributed, seeds
 
 PREFIX = "language_model."
 KINDS = ("odd", "tied")
@@ -86,7 +87,12 @@ def save(chunk: VlmModel, directory: Path, metadata: dict[str, Any], by_megatron
     if by_megatron:
         dist_checkpointing.save(state, str(directory))
     else:
-        sharded.save(state, directory)
+        writes = Writes(directory, later=False)
+        ours = Sharded(state, directory, writes, None)
+        writes.start()
+        assert writes.wait()[0] == ""
+        results = distributed.gathered(ours.results)
+        distributed.together(lambda: ours.finish(results), only_first=True)
     dist.barrier()
 
 

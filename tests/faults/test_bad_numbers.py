@@ -25,7 +25,11 @@ def test_three_in_a_row_end_the_run_and_each_can_be_replayed(
     tmp_path: Path, shards: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = jobs.write_config(
-        tmp_path, shards, parallel=DP2, grpo={"truncated_importance": 2.0}, train={"steps": 9, "save_every": 2}
+        tmp_path,
+        shards,
+        parallel=DP2,
+        grpo={"truncated_importance": 2.0},
+        train={"steps": 9, "save_every": 2, "async_save": False},
     )
     script = str(Path(__file__).with_name("bad_numbers.py"))
     command = [sys.executable, script, "nan", "1", "1,3,4,5", "train", str(config)]

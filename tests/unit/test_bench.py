@@ -159,7 +159,7 @@ def test_conversions_of_a_tiny_model(tmp_path, monkeypatch, capsys):
     cases = {case.name: case for case in convert.measure(tmp_path / "work", args)}
     assert list(cases) == ["export", "export_torch_dist", "import"]
     assert all(case.unit == "GB/s" and case.ours > 0 and case.peer > 0 for case in cases.values())
-    assert "0.00 GB bf16, " in cases["export"].setting and "peak memory of ours 0." in cases["import"].setting
+    assert "0.00 GB bf16, " in cases["export"].setting and "peak memory of ours " in cases["import"].setting
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["hf", "hf-side", "megatron"]
     assert capsys.readouterr().out == ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import io
 import json
@@ -9,7 +10,6 @@ import os
 import pickle
 import random
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +49,9 @@ def save(tiny: SimpleNamespace, run_dir: Path, step: int, mark: str, **train: An
     checkpoints.close()
 
 
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
 class Died(BaseException):
     """What a process that is no more would not notice."""
 
@@ -56,12 +59,17 @@ class Died(BaseException):
 class Death:
     """From file operation `at` on, counted from 1 while it is armed, nothing reaches the disk any more."""
 
-    CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.truncate", "os.chmod")
+    CHANGES = ("mkdir", "rename", "replace", "remove", "unlink", "rmdir", "symlink", "truncate", "chmod", "fsync")
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.at: int | None = None
         self.count = 0
-        sys.addaudithook(self._audit)
+        for name in self.CHANGES:
+            monkeypatch.setattr(os, name, self._before(getattr(os, name)))
+        monkeypatch.setattr(os, "open", self._before(os.open, lambda _, flags, *__, **___: flags & WRITES))
+        opened = self._before(io.open, lambda _, mode="r", *__, **___: set(mode) & set("wxa+"))
+        monkeypatch.setattr(io, "open", opened)
+        monkeypatch.setattr(builtins, "open", opened)
 
     def arm(self, at: int) -> None:
         self.at, self.count = at, 0
@@ -69,18 +77,15 @@ class Death:
     def disarm(self) -> None:
         self.at = None
 
-    def fsync(self, handle: int) -> None:
-        """Stand in for `os.fsync`: what a dead process has written is in the page cache and stays."""
-        self._operation()
+    def _before(self, original: Any, writes: Any = lambda *_, **__: True) -> Any:
+        """Count calls that write; what a dead process has written is in the page cache and stays."""
 
-    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.at is None or (event not in self.CHANGES and event != "open"):
-            return
-        if event == "open" and (
-            not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or "__pycache__" in str(arguments[0])
-        ):
-            return
-        self._operation()
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if writes(*args, **kwargs):
+                self._operation()
+            return original(*args, **kwargs)
+
+        return call
 
     def _operation(self) -> None:
         if self.at is not None:
@@ -89,25 +94,22 @@ class Death:
                 raise Died
 
 
-DEATH = Death()
-
-
 @pytest.mark.parametrize("async_save", [False, True], ids=["at once", "in threads"])
 @pytest.mark.parametrize("step", [1, 2], ids=["a step that is there", "a new step"])
 def test_death_at_every_file_operation(tiny, tmp_path, monkeypatch, record_property, step, async_save):
-    monkeypatch.setattr(os, "fsync", DEATH.fsync)
+    death = Death(monkeypatch)
     train = {"async_save": async_save, "keep_checkpoints": 1}
     recovered = old = 0
     for k in range(1, 500):
         run = Path(shutil.copytree(tiny.base, tmp_path / str(k), symlinks=True))
-        DEATH.arm(k)
+        death.arm(k)
         try:
             save(tiny, run, step, "new", **train)
             finished = True
         except Died:
             finished = False
         finally:
-            DEATH.disarm()
+            death.disarm()
         found = tiny.saves.checkpoints_of(run, tiny.mesh).newest()
         assert found is not None, f"nothing is left after a death at operation {k}"
         mark = json.loads((found / "state/progress.json").read_text())["mark"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -46,7 +47,6 @@ def refused(capfd: pytest.CaptureFixture[str], *words: object) -> str:
         ("task=reck", "no task named reck; known: counting, gui, "),
         ("task=/nowhere/my_task.py", "task: /nowhere/my_task.py: no such file"),
         ("rewards.weights.iuo=1", "iuo"),
-        ("telemetry.wandb_project=p", "telemetry.wandb_project=p: wandb is not installed; pip install"),
         ("debug.first_step=4", "debug.first_step=4 is not before train.steps=4"),
         ("model.path=asset:huge_vlm", "known: tiny_vlm"),
         ("model.path=/nowhere", "/nowhere: no such directory"),
@@ -59,6 +59,15 @@ def test_a_bad_setting_is_one_line(
 ) -> None:
     config = jobs.write_config(tmp_path, shards)
     assert says in refused(capfd, "train", config, "--nproc", 2, override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_that_is_not_installed(
+    tmp_path: Path, shards: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    config = jobs.write_config(tmp_path, shards, telemetry={"wandb_project": "p"})
+    assert "telemetry.wandb_project=p: wandb is not installed; pip install" in refused(capfd, "train", config)
     assert not (tmp_path / "run").exists()
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megatron_vlmr1.checkpoint import release, store, writer
@@ -92,15 +91,15 @@ def rank(monkeypatch):
 
 @pytest.mark.parametrize("where", ["weights", "flush"])
 def test_under_the_ranks_of_a_roundtrip(model, tmp_path, capfd, monkeypatch, rank, where):
-    def save_file(tensors: Any, path: Path, **_: Any) -> None:
-        path.write_bytes(b"a part")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def write_shard(file: Path, tensors: Any) -> None:
+        file.write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def flush_tree(directory: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if where == "weights":
-        monkeypatch.setattr(writer, "save_file", save_file)
+        monkeypatch.setattr(writer, "_write_shard", write_shard)
     else:
         monkeypatch.setattr(store, "flush_tree", flush_tree)
     out = tmp_path / "out"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -337,7 +336,13 @@ def test_an_interrupted_build_goes_on_with_what_is_missing(folder: Path, monkeyp
 def test_an_interrupted_build_of_something_else_begins_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     what = mixed(folder)
     real = writer.write
-    monkeypatch.setattr(writer, "write", lambda job: real(job) if job[2].number < 2 else os.kill(os.getpid(), 2))
+
+    def write(job: Any) -> int:
+        if job[2].number >= 2:
+            raise KeyboardInterrupt
+        return real(job)
+
+    monkeypatch.setattr(writer, "write", write)
     with pytest.raises(KeyboardInterrupt):
         build_from(what, folder / "out", 60_000, 0.2)
     monkeypatch.setattr(writer, "write", real)

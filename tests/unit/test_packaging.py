@@ -81,9 +81,11 @@ def test_the_wheel_says_what_it_is(installed):
     assert {line for line in metadata.splitlines() if line.startswith("Provides-Extra")} == {
         "Provides-Extra: bench",
         "Provides-Extra: cuda",
+        "Provides-Extra: debug",
         "Provides-Extra: demo",
         "Provides-Extra: parquet",
         "Provides-Extra: test",
+        "Provides-Extra: wandb",
     }
     assert "vlmr1 = megatron_vlmr1.cli.main:main" in (info / "entry_points.txt").read_text()
     assert (info / "licenses" / "LICENSE").is_file()

@@ -32,7 +32,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_config(tmp_path: Path, few: Path, timeout_s: int = 60, **train: object) -> Path:
-    settings = {"save_every": 1, "sample_every": 0, "prompts_per_step": 2, **train}
+    settings = {"save_every": 1, "async_save": False, "sample_every": 0, "prompts_per_step": 2, **train}
     rollout = {"num_generations": 2, "max_new_tokens": 4}
     parallel = {"tensor_model_parallel_size": 2, "timeout_s": timeout_s}
     return jobs.write_config(tmp_path, few, train=settings, rollout=rollout, parallel=parallel)
