@@ -6,11 +6,14 @@ import hashlib
 import importlib.util
 import logging
 import queue
+import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,17 @@ def check_installed(project: str) -> None:
         )
 
 
+def _end_service() -> None:
+    """Kill W&B's own process, for whose uploads wandb would wait for ever as this process ends."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if process.name().startswith("wandb"):
+                process.kill()
+    wandb = sys.modules.get("wandb")
+    with suppress(Exception):  # it finds nobody to talk to
+        wandb.teardown()  # type: ignore[union-attr]
+
+
 class WandbSink:
     """One W&B run for a run directory, fed by a thread of its own from a bounded queue; what does not fit is dropped.
 
@@ -53,6 +67,7 @@ class WandbSink:
         }
         self._waiting: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(_MAX_WAITING)
         self._leaving = threading.Event()
+        self._finished = False
         self._warned = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
@@ -70,6 +85,8 @@ class WandbSink:
         with suppress(queue.Full):
             self._waiting.put_nowait(None)  # wakes the thread, which a full queue would not let sleep
         self._thread.join(_LEAVE_S)
+        if not self._finished:
+            _end_service()
 
     def _work(self) -> None:
         run = self._begin()
@@ -84,6 +101,7 @@ class WandbSink:
         if run is not None:
             with suppress(Exception):
                 run.finish()
+                self._finished = True
 
     def _begin(self) -> Any:
         """Return the W&B run, trying again until the end of training."""
@@ -93,7 +111,7 @@ class WandbSink:
 
                 return wandb.init(**self._settings)
             except Exception as error:  # as above
-                self._warn(error)
+                self._warn(f"{type(error).__name__} {error}")
             if self._leaving.wait(_RETRY_S):
                 return None
 
