@@ -60,6 +60,9 @@ def main() -> NoReturn:
             sys.exit(DIFFERS)
         published += (run_dir / "checkpoints" / "step_2").exists()
         shutil.rmtree(run_dir)
+    if not 0 < published < k - 1:
+        print(f"{_FOUND}{published} of {k - 1} kills came after the new checkpoint was published: not all of the save")
+        sys.exit(DIFFERS)
     print(f"{_FOUND}{k - 1}/{k - 1} recoverable (K = {k - 1}), of which {published} had published the new checkpoint")
     sys.exit(DONE)
 
