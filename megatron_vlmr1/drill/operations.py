@@ -93,7 +93,9 @@ def _problem(status: int, run_dir: Path) -> str:
     if status != -signal.SIGKILL:
         return f"it left with {status}"
     told: list[str] = []
-    found = Store(run_dir / "checkpoints", Keep(1)).newest_valid(told.append)
+    store = Store(run_dir / "checkpoints", Keep(1))
+    store.clean()  # as a run that resumes does
+    found = store.newest_valid(told.append)
     if found is None:
         return f"no valid checkpoint is left: {told}"
     return f"something that is not valid was published: {told}" if told else ""
