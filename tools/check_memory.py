@@ -124,7 +124,11 @@ def measure(folder: Path, steps: int, nproc: int, overrides: Sequence[str]) -> S
             time.sleep(_POLL_S)
     if job.returncode:
         raise SystemExit(f"training left with exit code {job.returncode}\n{log.read_text()[-3000:]}")
-    return {name: points for name, points in series.items() if points[-1][0] >= steps * WARM_UP + 2}
+    kept = {name: points for name, points in series.items() if points[-1][0] >= steps * WARM_UP + 2}
+    missing = {*(f"rank {i}" for i in range(nproc)), "reward service"} - {name.rpartition(" (")[0] for name in kept}
+    if missing:
+        raise SystemExit(f"not measured: {', '.join(sorted(missing))}")
+    return kept
 
 
 def look(process: psutil.Process, step: int, names: dict[int, str], series: Series) -> None:

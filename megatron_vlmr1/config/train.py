@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from megatron_vlmr1.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
@@ -48,7 +48,7 @@ class TrainConfig(Section):
     spike_factor: NonNegativeFloat = 10.0
     """A loss or gradient norm is flagged (train/loss_spike, train/grad_spike) that lies so many times the median
     deviation above the median of the last train.spike_window steps; 0 never. Nothing else changes."""
-    spike_window: PositiveInt = 100
+    spike_window: Annotated[PositiveInt, Field(ge=10)] = 100
     save_every: NonNegativeInt = 100
     """Checkpoint after every so many steps, and after the last; 0 saves only the last."""
     async_save: bool = True

@@ -105,6 +105,16 @@ def truncate_ledger(directory: Path, consumed: int) -> None:
     """
     for path in sorted(directory.glob("rank_*.jsonl")):
         lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["position"] < consumed]
+        kept = [line for line in lines if line.endswith(b"\n") and _position(line) in range(consumed)]
         if len(kept) < len(lines):
             write_atomic(path, b"".join(kept))
+
+
+def _position(line: bytes) -> int | None:
+    """Return the position that a row is of, None for a torn one: others may stand behind it, or a crash left zeros."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    position = row.get("position") if isinstance(row, dict) else None
+    return position if isinstance(position, int) else None

@@ -16,6 +16,7 @@ from megatron_vlmr1.telemetry.metrics import read_metrics
 
 _BAD = (1, 2, 4, 5, 6)  # the saves that fail, of those after each step; three in a row at the end
 _GOOD = 3
+_TOLD = [0, 1, 2, 0, 1, 2]  # failures in a row, as the metrics of each step say; the next one ends the run
 _ROOM = "64m"  # for a few checkpoints of 19 MB; 8 and 24 MB have room for none, and for no second one
 
 
@@ -62,8 +63,11 @@ def _survive(field: Field, name: str, faults: Sequence[Fault]) -> str:
         need(said == (step in _BAD), f"the save of step {step} {'failed' if said else 'did not fail'}")
     left = sorted(path.name for path in (run_dir / "checkpoints").iterdir() if not path.is_symlink())
     need(left == [f"step_{_GOOD}"], f"left are {left} instead of step_{_GOOD}")
-    done = [step for step, _ in read_metrics(run_dir)]
+    rows = read_metrics(run_dir)
+    done = [step for step, _ in rows]
     need(done == list(range(_BAD[-1])), f"steps {done} were trained")
+    told = [int(row["checkpoint/save_failures"]) for _, row in rows]
+    need(told == _TOLD, f"checkpoint/save_failures is {told} instead of {_TOLD}")
     return f"{len(_BAD)} saves failed, nothing of them left, step {_GOOD} saved; three in a row: exit {STOPPED}"
 
 

@@ -99,7 +99,7 @@ class Job:
     def _environment(self) -> dict[str, str]:
         root = str(Path(megatron_vlmr1.__file__).parents[1])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        return {**os.environ, "PYTHONPATH": path, _MARK: self._mark, FIRED: str(self._fired)}
+        return {**os.environ, "PYTHONPATH": path, "VLMR1_LOG": "INFO", _MARK: self._mark, FIRED: str(self._fired)}
 
     def __enter__(self) -> Self:
         return self

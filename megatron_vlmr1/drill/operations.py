@@ -60,6 +60,9 @@ def main() -> NoReturn:
             sys.exit(DIFFERS)
         published += (run_dir / "checkpoints" / "step_2").exists()
         shutil.rmtree(run_dir)
+    if not 0 < published < k - 1:
+        print(f"{_FOUND}{published} of {k - 1} kills came after the new checkpoint was published: not all of the save")
+        sys.exit(DIFFERS)
     print(f"{_FOUND}{k - 1}/{k - 1} recoverable (K = {k - 1}), of which {published} had published the new checkpoint")
     sys.exit(DONE)
 
@@ -90,7 +93,9 @@ def _problem(status: int, run_dir: Path) -> str:
     if status != -signal.SIGKILL:
         return f"it left with {status}"
     told: list[str] = []
-    found = Store(run_dir / "checkpoints", Keep(1)).newest_valid(told.append)
+    store = Store(run_dir / "checkpoints", Keep(1))
+    store.clean()  # as a run that resumes does
+    found = store.newest_valid(told.append)
     if found is None:
         return f"no valid checkpoint is left: {told}"
     return f"something that is not valid was published: {told}" if told else ""

@@ -75,7 +75,10 @@ def full_log_disk(field: Field) -> str:
             need(directory is not None, "nothing may be mounted here")
             filler = field.root / "full_logs" / folder / "filler"
             filler.write_bytes(bytes(60 << 10))
-        return _unaffected(field, "full_logs")
+        measured = _unaffected(field, "full_logs")
+        written = len(list((field.root / "full_logs" / "samples").glob("step_*.jsonl")))
+        need(written < _TIMED_STEPS, "there was room for everything")
+        return measured
 
 
 def _unaffected(field: Field, name: str, **sections: Any) -> str:

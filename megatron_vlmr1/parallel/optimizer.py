@@ -81,12 +81,15 @@ def _finalize_gradients(
 
 
 def gradients_finite(ddp: Sequence[DistributedDataParallel], losses: Sequence[torch.Tensor] = ()) -> bool:
-    """Whether every gradient, and loss [], on every rank of the world is finite; all ranks get the same answer."""
+    """Whether every gradient, and loss [], on every rank of the world is finite; all ranks get the same answer.
+
+    So must be the norm: by an infinite one, gradients would be scaled to zero and Adam would step by its momentum.
+    """
     bad = torch.zeros(1, device=device.device())
     for loss in losses:
         bad += (~torch.isfinite(loss)).float()
     for buffer in (buffer for chunk in ddp for buffer in chunk.buffers):
-        bad += (~torch.isfinite(buffer.grad_data.sum())).float()
+        bad += (~torch.isfinite(torch.linalg.vector_norm(buffer.grad_data))).float()
     dist.all_reduce(bad, dist.ReduceOp.MAX)
     return not bool(bad)
 

@@ -32,10 +32,14 @@ def console_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
 
 def print_line(step: int, steps: int, metrics: Mapping[str, float]) -> None:
     """Print `console_line` to stderr: with rich's colours on a terminal, plain in a log."""
-    if not sys.stderr.isatty():
-        with suppress(OSError):  # stderr may be a file on a full disk
+    with suppress(OSError):  # stderr may be a file on a full disk, or a terminal that was closed
+        if sys.stderr.isatty():
+            _print_in_colour(step, steps, metrics)
+        else:
             print(console_line(step, steps, metrics), file=sys.stderr, flush=True)
-        return
+
+
+def _print_in_colour(step: int, steps: int, metrics: Mapping[str, float]) -> None:
     from rich.console import Console
     from rich.text import Text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import os
 import queue
 import sys
 import threading
@@ -105,6 +106,8 @@ class WandbSink:
 
     def _begin(self) -> Any:
         """Return the W&B run, trying again until the end of training."""
+        # Else its hook at the interpreter's end waits for the network for as long as that is away.
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", f"{_LEAVE_S:g}")
         while True:
             try:
                 import wandb

@@ -75,6 +75,8 @@ def replay_command(run: Run, step: int, rollouts: bool) -> tuple[str, str]:
         settings["debug.replay_rollouts"] = f"{run_dir}/bad_batches"
     if cfg.method == "grpo" and cfg.grpo.beta:
         settings["model.reference_path"] = cfg.model.reference_path or cfg.model.path
+    if cfg.train.keep_best is not None:  # of what may not be measured now
+        settings["train.keep_best"] = "null"
     if cfg.telemetry.wandb_project:
         settings["telemetry.wandb_project"] = "null"
     words = ["vlmr1", "train", f"{run_dir}/config.yaml", "--nproc", str(run.mesh.world)]

@@ -95,7 +95,7 @@ class Run:
         self.updater.replicas.check(always=True)
         self.spikes = Spikes(cfg.train.spike_factor, cfg.train.spike_window, progress.get("recent"))
         self.feed = self._feed(int(progress.get("consumed_samples", self._first_position())), stack)
-        self.feed.skipped = int(progress.get("skipped", 0))
+        self.feed.skipped = int(progress.get("skipped", 0)) if mesh.dp_rank == 0 else 0  # the sum of all ranks
         asks, timeout_s, serve = self.actor.engine.speaks, cfg.parallel.timeout_s, not self.replays
         family = self.actor.policy.shape.family
         self.judges = stack.enter_context(
@@ -193,7 +193,7 @@ class Run:
     def _save(self, metrics: dict[str, float], last: bool, wait: bool) -> None:
         """Save; the last checkpoint of an attempt is tried again until it is there or the run stops itself."""
         self.updater.replicas.check(state=True, always=True)
-        args = self.actor, self.optimizer, self._progress(), metrics, last, wait
+        args = self.actor, self.optimizer, self._progress(int(metrics["data/skipped"])), metrics, last, wait
         while not self.checkpoints.save(*args) and wait:
             continue
 
@@ -243,13 +243,14 @@ class Run:
         text = distributed.broadcast_text("\n".join(sorted(self.shards.shards_read)), rank)
         return [name for name in text.split("\n") if name]
 
-    def _progress(self) -> dict[str, Any]:
+    def _progress(self, skipped: int) -> dict[str, Any]:
+        """Return what a resumed run goes on from; `skipped` samples were lost so far, on all ranks."""
         return {
             "step": self.step,
             "consumed_samples": self.feed.consumed,
             "bad_steps": self.updater.bad_steps,
             "recent": self.spikes.recent,
-            "skipped": self.feed.skipped,
+            "skipped": skipped,
             "data_sha256": self.shards.digest(),
             **self.weights_sha256,
             "config": self.cfg.model_dump(mode="json"),
@@ -306,9 +307,7 @@ class Run:
             self.shards, cfg.seed, cfg.data.lanes, cfg.data.shuffle_window, mesh.dp_rank, mesh.dp_size, consumed
         )
         ledger = self.run_dir / "ledger" / f"rank_{mesh.dp_rank}.jsonl" if mesh.is_model_leader else None
-        if mesh.rank == 0:
-            truncate_ledger(self.run_dir / "ledger", consumed)
-        dist.barrier()  # the others append to it
+        distributed.together(lambda: truncate_ledger(self.run_dir / "ledger", consumed), only_first=True)
         builder = self.actor.prompt_builder(self.task.render)
         reader = loader.reader(stream, builder, cfg, self.actor.directory)
         stack.callback(reader.close)

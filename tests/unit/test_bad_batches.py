@@ -68,6 +68,18 @@ def test_the_command(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert f"model.path={tmp_path}/checkpoints/step_6" in later and not any("reference" in word for word in later)
 
 
+def test_the_command_is_one_that_a_config_with_a_best_checkpoint_takes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = {"train": "d", "evaluate": {"val": "v"}}
+    best = {"metric": "evaluate/val/accuracy", "better": "higher"}
+    run = fake_run(tmp_path, method="sft", data=data, train={"evaluate_every": 5, "keep_best": best})
+    (tmp_path / "config.yaml").write_text(config.dump(run.cfg))
+    bad(run, 7)
+    words = caplog.records[0].message.partition("--nproc 2 ")[2].split()
+    assert config.load(tmp_path / "config.yaml", words).train.keep_best is None
+
+
 def test_a_batch_that_cannot_be_kept_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "bad_batches").write_text("in the way")
     with pytest.raises(KeyError):

@@ -114,3 +114,10 @@ def test_a_run_interrupted_at_25_points_equals_the_whole_one_on_any_ranks_and_wo
                 truncate_ledger(ledger, point * BATCH)
                 assert before + run(mixture, point, dp_size, workers, ledger) == whole
                 assert losses(ledger) == lost
+
+
+def test_torn_lines_of_a_ledger_do_not_end_the_run_that_resumes(tmp_path: Path) -> None:
+    rows = [b'{"position": 1}\n', b'{"position": 2, "sha\n', b"\0\0\0\n", b'"text"\n', b'{"position": 9}\n', b'{"posi']
+    (tmp_path / "rank_0.jsonl").write_bytes(b"".join(rows))
+    truncate_ledger(tmp_path, 9)
+    assert (tmp_path / "rank_0.jsonl").read_bytes() == rows[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import os
@@ -184,3 +186,16 @@ def test_no_devices_without_nvml(monkeypatch, caplog):
     assert nvml.read_devices() == [] and set(nvml.device_metrics()) == {"host/rss_bytes"}
     assert not caplog.records
     nvml._nvml.cache_clear()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_console_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    class Gone(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    print_line(0, 2, {"train/loss": 1.0})

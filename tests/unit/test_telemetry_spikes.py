@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from megatron_vlmr1.config.train import TrainConfig
 from megatron_vlmr1.telemetry.spikes import Spikes
 
 
@@ -54,3 +55,8 @@ def test_a_resumed_run_goes_on_where_it_was(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.CRITICAL):
         both = [spikes.flags(30, numbers(2.0, 50.0)) for spikes in (first, resumed)]
     assert both[0] == both[1] == {"train/loss_spike": 0.0, "train/grad_spike": 1.0}
+
+
+def test_a_window_that_would_flag_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="spike_window"):
+        TrainConfig(spike_window=9)

@@ -120,3 +120,12 @@ def test_a_folder_of_that_name_is_not_the_package(tmp_path: Path, monkeypatch: p
         wandb_sink.check_installed("p")
     (tmp_path / "wandb/__init__.py").touch()
     wandb_sink.check_installed("p")
+
+
+def test_wandbs_own_hook_at_the_end_does_not_wait_for_ever(
+    tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb_sink.os, "environ", environment := {})
+    fake.gate.set()
+    WandbSink("mine", tmp_path, {}).close()
+    assert environment == {"WANDB_FINISH_TIMEOUT": "10"}
