@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -21,8 +22,8 @@ _LINES = 60  # of a rank's stacks that are printed
 
 
 def is_begun(log_dir: Path) -> bool:
-    """Whether some rank has said that the job hangs."""
-    return _folder(log_dir).exists()
+    """Whether some rank has said that the job hangs; a file system that fails says nothing."""
+    return os.path.exists(_folder(log_dir))  # noqa: PTH110 - Path's own raises what is not ENOENT or the like
 
 
 def report(log_dir: Path, me: Heartbeat, world: int, beat_s: float, still_s: float) -> None:
