@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -212,6 +213,26 @@ def test_a_stuck_rank_ends_though_its_report_fails(tmp_path, here, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     with Watchdog(tmp_path, 0, 1, timeout_s=1, leave=lambda code: left.set()):
         assert left.wait(60)
+
+
+def test_the_outcome_is_there_when_the_others_leave_and_though_the_log_is_full(tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    there: list[bool] = []
+    write = hang_report.write_atomic
+
+    def written(path: Path, data: bytes) -> None:
+        there.append((tmp_path / "outcome.json").exists())
+        write(path, data)
+
+    monkeypatch.setattr(hang_report, "write_atomic", written)
+    monkeypatch.setattr(sys, "stderr", Full())
+    heartbeat.write(tmp_path, rank(0))
+    with pytest.raises(OSError, match="No space left"):
+        hang_report.report(tmp_path, rank(0), 1, 0.5, 7.0)
+    assert there == [True] and (tmp_path / "hang/report.json").exists()
 
 
 def test_a_file_system_that_fails_says_nothing_of_a_hang(tmp_path, monkeypatch):
