@@ -78,7 +78,8 @@ class Sharded:
                     part.data = staging.copy(f"{key} {part.global_offset}", part.data)
         self._planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         # One thread: what fails in a second one is lost, and with it a part of the checkpoint.
-        self._writer = _Writer(directory, sync_files=False, thread_count=1)
+        # No copying ahead: in a thread of ours that would wait on GPU 0, where every rank would then hold a context.
+        self._writer = _Writer(directory, sync_files=False, thread_count=1, per_thread_copy_ahead=0)
         writes.add(partial(self._write, self._plan(mcore_to_pyt_state_dict(by_key, False))))
 
     def finish(self, results: Sequence[list[WriteResult]]) -> None:

@@ -24,6 +24,7 @@ import msgpack  # type: ignore[import-untyped]
 from megatron_vlmr1.data import handover
 from megatron_vlmr1.data.handover import Item
 from megatron_vlmr1.data.stream import Stream
+from megatron_vlmr1.telemetry.progress import mark
 from megatron_vlmr1.types import Damage
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class Prefetcher:
                     worker.process.kill()
                     self._replace(worker)
         done = self._done.pop(position)
+        mark()
         if isinstance(done, Damage):
             return done
         self._done_bytes -= os.fstat(done).st_size

@@ -55,22 +55,22 @@ def crash_loop(log_dir: Path) -> str:
 
     The attempts before it count if they crashed at one step in a row, none of them started from a newer checkpoint
     than the one before. One that ended as it meant to (done, requeue, stopped, by hand) ends the row, and so does one
-    that was started to try again. One that never came to its first step, or was refused, says nothing.
+    all of whose ranks had been asked to stop (scancel or preemption, whose patience was shorter than the step), or that
+    was started to try again. One that never came to its first step, or was refused, says nothing.
     """
     row: list[Crash] = []
     for number in range(_number(log_dir) - 1, -1, -1):
         attempt = log_dir.with_name(f"attempt_{number}")
         records = heartbeat.read_all(attempt)
         steps = [record.step for record in records if record.step is not None]
-        if not steps:
-            continue
-        if _meant(attempt):
-            break
-        crash = Crash(attempt.name, max(steps), records[0].resumed, _words(attempt, records))
-        later = [after.resumed for after in row]  # a checkpoint that one of these made lets the next start later
-        if row and (crash.step != row[0].step or len(set(later)) > 1):
-            break
-        row.append(crash)
+        if steps:
+            if _meant(attempt) or all(record.asked for record in records):
+                break
+            crash = Crash(attempt.name, max(steps), records[0].resumed, _words(attempt, records))
+            later = [after.resumed for after in row]  # a checkpoint that one of these made lets the next start later
+            if row and (crash.step != row[0].step or len(set(later)) > 1):
+                break
+            row.append(crash)
         if len(row) == FAILURES or (attempt / RETRY).exists():
             break
     if len(row) < FAILURES:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.runtime.ranks import Identity, identity
+from megatron_vlmr1.telemetry.progress import mark
 
 T = TypeVar("T")
 
@@ -70,6 +71,7 @@ def broadcast_text(text: str, source: int = 0, group: dist.ProcessGroup | None =
         buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     if len(buffer):
         dist.broadcast(buffer, source, group=group)
+    mark()
     return bytes(buffer.cpu().numpy()).decode()
 
 
@@ -88,6 +90,7 @@ def any_rank(flag: bool) -> bool:
     """Whether `flag` is true on any rank of the world; all ranks get the same answer."""
     value = torch.tensor([float(flag)], device=device.device())
     dist.all_reduce(value, dist.ReduceOp.MAX)
+    mark()
     return bool(value)
 
 
@@ -98,6 +101,7 @@ def gathered(mine: T) -> list[T]:
     """
     out: list[Any] = [None] * dist.get_world_size() if is_first() else []
     dist.gather_object(mine, out or None)
+    mark()
     return out
 
 
@@ -147,4 +151,5 @@ def first_told(text: str) -> str:
     rank, world = dist.get_rank(), dist.get_world_size()
     first = torch.tensor([rank if text else world], device=device.device())
     dist.all_reduce(first, dist.ReduceOp.MIN)
+    mark()
     return broadcast_text(text, int(first)) if int(first) < world else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -21,8 +22,8 @@ _LINES = 60  # of a rank's stacks that are printed
 
 
 def is_begun(log_dir: Path) -> bool:
-    """Whether some rank has said that the job hangs."""
-    return _folder(log_dir).exists()
+    """Whether some rank has said that the job hangs; a file system that fails says nothing."""
+    return os.path.exists(_folder(log_dir))  # noqa: PTH110 - Path's own raises what is not ENOENT or the like
 
 
 def report(log_dir: Path, me: Heartbeat, world: int, beat_s: float, still_s: float) -> None:
@@ -67,14 +68,14 @@ def _lead(log_dir: Path, me: Heartbeat, world: int, beat_s: float, still_s: floa
     states = {rank: _first_line(_stacks(log_dir, rank)) or "none of its host answers" for rank in mute}
     reason = hang.verdict({record.rank: record for record in now}, blamed, states, still_s)
     step = max((record.step for record in now if record.step is not None), default=None)
+    row = {"reason": reason, "blamed": blamed, "mute": sorted(mute), "ranks": [asdict(record) for record in now]}
+    with suppress(OSError):  # the outcome first: who reads the report leaves, and srun may then kill this rank
+        if not (log_dir / attempts.OUTCOME).exists():
+            attempts.write_outcome(log_dir, f"the job hangs: {reason}", CRASHED, step)
+        write_atomic(_folder(log_dir) / "report.json", json_line(row))
     print(f"vlmr1: error: the job hangs: {reason}; stacks of all ranks: {_folder(log_dir)}", file=sys.stderr)
     for rank in blamed[:3]:
         print(f"stacks of rank {rank}:\n{_head(_stacks(log_dir, rank))}", file=sys.stderr)
-    row = {"reason": reason, "blamed": blamed, "mute": sorted(mute), "ranks": [asdict(record) for record in now]}
-    with suppress(OSError):
-        write_atomic(_folder(log_dir) / "report.json", json_line(row))
-        if not (log_dir / attempts.OUTCOME).exists():
-            attempts.write_outcome(log_dir, f"the job hangs: {reason}", CRASHED, step)
 
 
 def _follow(log_dir: Path, me: Heartbeat, beat_s: float) -> None:

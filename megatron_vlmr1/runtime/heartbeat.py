@@ -24,6 +24,7 @@ class Heartbeat:
         still_s: seconds without any progress.
         at: the line of Python that runs, libraries left out.
         waits: whether it is in a collective.
+        asked: the signal that asked it to stop, if one did.
         left: the rank has ended by itself; with `error` if by an exception.
     """
 
@@ -39,6 +40,7 @@ class Heartbeat:
     still_s: float = 0.0
     at: str = ""
     waits: bool = False
+    asked: str = ""
     left: bool = False
     error: str = ""
 

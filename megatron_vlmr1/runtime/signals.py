@@ -6,6 +6,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+from megatron_vlmr1.telemetry import progress
+
 
 class StopFlag:
     """Remembers the first SIGTERM, SIGINT or SIGUSR1 instead of dying of it.
@@ -42,4 +44,4 @@ class StopFlag:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self._name is None:
-            self._name = signal.Signals(number).name
+            self._name = progress.here.asked = signal.Signals(number).name

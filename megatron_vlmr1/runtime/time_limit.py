@@ -64,12 +64,12 @@ class TimeLimit:
         """Remember how long an evaluation took."""
         self._evaluate_s = seconds
 
-    def is_near(self, evaluates: bool = False) -> bool:
-        """Whether another step, which perhaps evaluates, and a save would end too late."""
+    def is_near(self, evaluates: bool = False, saves: bool = False) -> bool:
+        """Whether another step and a save would end too late, with an evaluation or another save before them or not."""
         if self._end is None:
             return False
         save_s = self._ready_s if self._save_s is None else self._save_s
-        needed_s = max(self._steps, default=0.0) + save_s + (self._evaluate_s if evaluates else 0.0)
+        needed_s = max(self._steps, default=0.0) + (1 + saves) * save_s + evaluates * self._evaluate_s
         near = self._clock() + _SLACK * needed_s + _LEAVE_S > self._end
         self.reason = f"its time limit, {self._name}" if near else ""
         return near

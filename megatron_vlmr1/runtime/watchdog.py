@@ -99,8 +99,10 @@ class Watchdog:
                     break
             faulthandler.cancel_dump_traceback_later()
         if not self._ended.is_set():
-            hang_report.report(self.log_dir, self._me, self.world, self._beat_s, self._still_s())
-            self._leave(CRASHED)
+            try:
+                hang_report.report(self.log_dir, self._me, self.world, self._beat_s, self._still_s())
+            finally:  # whatever became of the report, where stderr or the disk is full
+                self._leave(CRASHED)
 
     def _hangs(self, now: float) -> bool:
         """Write a heartbeat, and tell whether this rank or the next one hangs, or another has said that one does."""
@@ -134,6 +136,7 @@ class Watchdog:
             phase=here.phase,
             phases=here.phases,
             phase_s=round(time.monotonic() - here.since, 1),
+            asked=here.asked,
             still_s=round(still_s, 1),
         )
         try:

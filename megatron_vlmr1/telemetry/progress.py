@@ -1,8 +1,8 @@
 """How far this process has got, for whoever watches it from another thread.
 
 Phases come from `PhaseTimers`; `mark` is called in what may take long within one: a tick of generation, a
-micro-batch, a parameter that is read or written. So a process that makes no progress for the process group's timeout
-is stuck, however long its phase may take.
+micro-batch, a parameter that is read or written, a prompt that the data has given, ranks that have agreed. So a
+process that makes no progress for the process group's timeout is stuck, however long its phase may take.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class Progress:
         phase: the innermost open phase, or "after ..." between two.
         phases: phases entered and left so far, the same on all ranks at the same place.
         marks: calls of `mark`.
+        asked: the signal that asked this process to stop, if one did.
         since: when the phase began, in seconds of ``time.monotonic``.
         show: is told the step and phase at once, as "2:rollout", for whoever cannot ask this process any more.
         waits: seconds of each phase in which this rank waited for others, as the watchdog samples them.
@@ -32,6 +33,7 @@ class Progress:
         self.phase = "start"
         self.phases = 0
         self.marks = 0
+        self.asked = ""
         self.since = time.monotonic()
         self.show: Callable[[str], object] = str
         self.waits: defaultdict[str, float] = defaultdict(float)

@@ -172,7 +172,7 @@ class Run:
             self.metrics.write(step, metrics)
             console.print_line(step, cfg.steps, metrics)
         # After the metrics, so that a checkpoint's steps are all on record; its time counts in the next step.
-        save = last or stopping or (cfg.save_every > 0 and self.step % cfg.save_every == 0)
+        save = last or stopping or self._saves(self.step)
         if save or self.checkpoints.under_way:
             with self.timers("save_exposed"):
                 self.checkpoints.poll()
@@ -181,13 +181,21 @@ class Run:
         return stopping and not last
 
     def _should_stop(self) -> bool:
-        """Whether this rank has had a signal, or sees that another step would end too late."""
+        """Whether this rank has had a signal, or sees that another step would end too late.
+
+        Before that step come this one's evaluation and save, or the rest of a save that is under way; none if it stops.
+        """
         step_s = time.perf_counter() - self._started - self.timers.seconds("save_exposed")
         self.limit.note(step_s, self.checkpoints.save_s)
-        return self.stop.requested is not None or self.limit.is_near(self._evaluates(self.step + 1))
+        saves = self.checkpoints.under_way or self._saves(self.step)
+        return self.stop.requested is not None or self.limit.is_near(self._evaluates(self.step), saves)
 
     def _evaluates(self, step: int) -> bool:
         every = self.cfg.train.evaluate_every
+        return bool(every) and step % every == 0
+
+    def _saves(self, step: int) -> bool:
+        every = self.cfg.train.save_every
         return bool(every) and step % every == 0
 
     def _save(self, metrics: dict[str, float], last: bool, wait: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,26 @@ def test_trying_again_forgets_what_failed_before(tmp_path):
     assert attempts.crash_loop(tmp_path / "attempt_5") == ""
     attempt(tmp_path, 5, 7)
     assert "(attempt_3: " in attempts.crash_loop(tmp_path / "attempt_6")  # three times again
+
+
+def test_trying_again_counts_even_where_that_came_to_no_step(tmp_path):
+    for number in range(3):
+        attempt(tmp_path, number, 7)
+    attempt(tmp_path, 3, None)
+    assert attempts.crash_loop(tmp_path / "attempt_4") != ""
+    (tmp_path / "attempt_3" / attempts.RETRY).touch()
+    assert attempts.crash_loop(tmp_path / "attempt_4") == ""
+
+
+def test_ranks_that_were_asked_to_stop_and_killed_did_not_crash(tmp_path):
+    for number in range(3):
+        attempt(tmp_path, number, 7)
+    for rank in range(2):
+        assert attempts.crash_loop(tmp_path / "attempt_3") != ""  # one was asked because the other had crashed
+        record = heartbeat.read(tmp_path / "attempt_1", rank)
+        assert record is not None
+        heartbeat.write(tmp_path / "attempt_1", replace(record, asked="SIGTERM"))
+    assert attempts.crash_loop(tmp_path / "attempt_3") == ""
 
 
 def test_an_unreadable_outcome_is_a_crash_and_a_folder_of_another_name_has_no_history(tmp_path):

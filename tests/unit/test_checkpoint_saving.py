@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import filesystem
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint import state
 from megatron_vlmr1.checkpoint.background import Writes
+from megatron_vlmr1.checkpoint.sharded import Sharded
 from megatron_vlmr1.checkpoint.staging import Staging
 from megatron_vlmr1.checkpoint.store import read_manifest, verify
 from megatron_vlmr1.errors import RunStopped
@@ -64,6 +66,20 @@ def test_without_the_copies_a_later_state_would_be_written(tiny, tmp_path, monke
     # What fully_reshardable gathers is megatron-core's own copy already.
     expected = {"state/optimizer/__0_0.distcp"} if kind == "dp_reshardable" else set()
     assert {name for name in late if late[name] != at_once[name]} == expected
+
+
+def test_writing_asks_no_gpu(tiny, tmp_path, monkeypatch):
+    write = Sharded._write
+
+    def beside_a_gpu(*args: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(filesystem, "_OverlappingCpuLoader", None)  # in a thread it would wait on GPU 0
+            return write(*args)
+
+    monkeypatch.setattr(Sharded, "_write", beside_a_gpu)
+    state.save(tiny.policy, tiny.optimizer, {}, tmp_path)
+    assert (tmp_path / "optimizer/__0_0.distcp").is_file()
 
 
 class Gate:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
 from megatron_vlmr1 import config
+from megatron_vlmr1.runtime import device
 from megatron_vlmr1.runtime.time_limit import TimeLimit
+from megatron_vlmr1.telemetry.timers import PhaseTimers
 
 
 class Clock:
@@ -44,6 +48,27 @@ def test_it_leaves_time_for_a_step_and_a_save():
     timer.note_evaluation(50.0)  # 1.2 x (10 + 40 + 50) + 5 = 125
     assert timer.is_near(evaluates=True) and not timer.is_near(evaluates=False)
     assert timer.reason == ""
+    clock.now = 1900.0  # 1.2 x (10 + 40 + 40) + 5 = 113
+    assert timer.is_near(saves=True) and not timer.is_near()
+
+
+@pytest.mark.parametrize(
+    ("step", "under_way", "counted"),
+    [(5, False, (False, False)), (6, False, (True, False)), (8, False, (False, True)), (9, True, (True, True))],
+)
+def test_what_comes_before_the_next_step_is_counted(step: int, under_way: bool, counted: tuple[bool, bool]) -> None:
+    device.prepare_megatron()
+    from megatron_vlmr1.train.run import Run  # imports megatron-core
+
+    asked = []
+    cfg = SimpleNamespace(train=SimpleNamespace(evaluate_every=3, save_every=4))
+    run: Any = Run.__new__(Run)
+    run.cfg, run.step, run._started = cfg, step, 0.0
+    run.timers, run.stop = PhaseTimers(), SimpleNamespace(requested=None)
+    run.checkpoints = SimpleNamespace(under_way=under_way, save_s=1.0)
+    run.limit = SimpleNamespace(note=lambda *args: None, is_near=lambda *args: bool(asked.append(args)))
+    assert not run._should_stop()
+    assert asked == [counted]
 
 
 @pytest.mark.parametrize(

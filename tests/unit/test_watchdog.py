@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +18,7 @@ import pytest
 
 from megatron_vlmr1.runtime import hang, hang_report, heartbeat, stacks, watchdog
 from megatron_vlmr1.runtime.heartbeat import Heartbeat
+from megatron_vlmr1.runtime.signals import StopFlag
 from megatron_vlmr1.runtime.watchdog import Watchdog, beat_s, limit_s
 from megatron_vlmr1.telemetry import progress
 from megatron_vlmr1.telemetry.timers import PhaseTimers
@@ -197,6 +201,53 @@ def test_a_rank_alone_that_is_stuck_is_reported_and_ended(tmp_path, here):
     assert json.loads((tmp_path / "hang/report.json").read_text())["blamed"] == [0]
     last = heartbeat.read(tmp_path, 0)
     assert last is not None and last.left and not last.error
+
+
+def test_a_stuck_rank_ends_though_its_report_fails(tmp_path, here, monkeypatch):
+    left = threading.Event()
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")  # as printing to a log on a full disk does
+
+    monkeypatch.setattr(hang_report, "report", full)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    with Watchdog(tmp_path, 0, 1, timeout_s=1, leave=lambda code: left.set()):
+        assert left.wait(60)
+
+
+def test_the_outcome_is_there_when_the_others_leave_and_though_the_log_is_full(tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    there: list[bool] = []
+    write = hang_report.write_atomic
+
+    def written(path: Path, data: bytes) -> None:
+        there.append((tmp_path / "outcome.json").exists())
+        write(path, data)
+
+    monkeypatch.setattr(hang_report, "write_atomic", written)
+    monkeypatch.setattr(sys, "stderr", Full())
+    heartbeat.write(tmp_path, rank(0))
+    with pytest.raises(OSError, match="No space left"):
+        hang_report.report(tmp_path, rank(0), 1, 0.5, 7.0)
+    assert there == [True] and (tmp_path / "hang/report.json").exists()
+
+
+def test_a_file_system_that_fails_says_nothing_of_a_hang(tmp_path, monkeypatch):
+    def stale(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "stat", stale)
+    assert not hang_report.is_begun(tmp_path)
+
+
+def test_the_heartbeat_tells_of_a_signal(tmp_path, here):
+    with StopFlag(), Watchdog(tmp_path, 0, 1, timeout_s=60):
+        signal.raise_signal(signal.SIGUSR1)
+    last = heartbeat.read(tmp_path, 0)
+    assert last is not None and last.asked == "SIGUSR1"
 
 
 def test_the_last_heartbeat_has_the_exception(tmp_path, here):
