@@ -9,6 +9,7 @@ from pathlib import Path
 
 import megatron_vlmr1
 from megatron_vlmr1.checkpoint import store
+from megatron_vlmr1.checkpoint.hashing import sha256
 
 _ASSET = "asset:"
 _HASH_THREADS = min(8, os.cpu_count() or 1)
@@ -47,14 +48,9 @@ def weights_sha256(directory: Path) -> str:
     """Return one sha256 over a Hugging Face directory's weight files, in order of their names."""
     total = hashlib.sha256()
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        for digest in pool.map(_digest, sorted(directory.glob("*.safetensors"))):
+        for digest in pool.map(sha256, sorted(directory.glob("*.safetensors"))):
             total.update(digest)
     return total.hexdigest()
-
-
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _shipped(name: str) -> Path:

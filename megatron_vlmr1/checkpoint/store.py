@@ -16,13 +16,15 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from megatron_vlmr1.checkpoint.hashing import sha256
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -166,13 +168,16 @@ class Store:
             problems = verify(self.path(step))
             if not problems:
                 return step, self.path(step)
-            more = f" and {len(problems) - 1} more problems" if len(problems) > 1 else ""
-            log(f"{self.path(step)} is not valid and is passed over: {problems[0]}{more}")
+            log(f"{self.path(step)} is not valid and is passed over: {summary(problems)}")
         return None
 
     def _prune(self, published: int) -> None:
-        # Steps above the published one are of a course that was given up; they must not crowd out this one's.
-        course = [step for step in self.steps() if step <= published]
+        try:
+            # Steps above the published one are of a course that was given up; they must not crowd out this one's.
+            course = [step for step in self.steps() if step <= published]
+        except OSError as error:  # it is published all the same
+            logger.warning("old checkpoints in %s could not be listed: %s", self.directory, error)
+            return
         stay = {*course[-self.keep.last :], self._best(course)}
         stay |= {step for step in course if self.keep.every and step % self.keep.every == 0}
         for step in sorted(set(course) - stay):
@@ -199,8 +204,12 @@ class Store:
         return max(found)[1] if found else None
 
 
-def verify(path: str | Path) -> list[str]:
+def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> list[str]:
     """Compare a checkpoint directory with its manifest, by size and sha256.
+
+    Args:
+        path: of the checkpoint.
+        share: (i, n) compares the i-th of n shares of the files, about as large as the others.
 
     Returns:
         One line for each problem, each naming its file; empty when the checkpoint is what was published.
@@ -214,8 +223,15 @@ def verify(path: str | Path) -> list[str]:
     present.pop(MANIFEST)
     extra = [f"{name} is not in the manifest" for name in sorted(present.keys() - listed.keys())]
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        found = pool.map(lambda item: _compare(path, item[0], item[1]), sorted(listed.items()))
+        mine = sorted(sorted(listed.items(), key=lambda item: item[1]["size"])[share[0] :: share[1]])
+        found = pool.map(lambda item: _compare(path, item[0], item[1]), mine)
         return [problem for problem in found if problem] + extra
+
+
+def summary(problems: Sequence[str]) -> str:
+    """Return the first problem and the number of the others, nothing without any."""
+    more = f" and {len(problems) - 1} more problems" if len(problems) > 1 else ""
+    return f"{problems[0]}{more}" if problems else ""
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -265,9 +281,9 @@ def prove(directory: Path, files: Iterable[Path]) -> Listing:
     paths = sorted(files)
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         list(pool.map(_flush, paths))
-        hashes = list(pool.map(_sha256, paths))
+        hashes = list(pool.map(sha256, paths))
     return {
-        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": digest.hex()}
         for path, digest in zip(paths, hashes, strict=True)
     }
 
@@ -325,16 +341,11 @@ def _compare(directory: Path, name: str, listed: Mapping[str, Any]) -> str | Non
             return f"{name} is not a file of this directory"
         if info.st_size != listed["size"]:
             return f"{name} has {info.st_size} bytes instead of {listed['size']}"
-        return None if _sha256(file) == listed["sha256"] else f"{name} has changed: its sha256 differs"
+        return None if sha256(file).hex() == listed["sha256"] else f"{name} has changed: its sha256 differs"
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read: {error.strerror}"
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

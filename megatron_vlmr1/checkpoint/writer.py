@@ -20,6 +20,7 @@ from megatron_vlmr1.models import families
 from megatron_vlmr1.models.shape import VlmShape
 from megatron_vlmr1.models.vlm import VlmModel
 from megatron_vlmr1.runtime import distributed
+from megatron_vlmr1.telemetry.progress import mark
 
 MAX_SHARD_BYTES = 5 * 10**9
 _INDEX = "model.safetensors.index.json"
@@ -88,7 +89,8 @@ def copy_side_files(source: Path, target: Path) -> None:
     """Copy everything in a Hugging Face directory but its weights and hidden folders."""
     for entry in sorted(source.iterdir()):
         if entry.is_dir() and not entry.name.startswith("."):
-            shutil.copytree(entry, target / entry.name, dirs_exist_ok=True)
+            ignored = shutil.ignore_patterns(*_WEIGHTS)
+            shutil.copytree(entry, target / entry.name, dirs_exist_ok=True, ignore=ignored)
         elif entry.is_file() and not any(entry.match(pattern) for pattern in _WEIGHTS):
             shutil.copyfile(entry, target / entry.name)
 
@@ -134,6 +136,7 @@ def _write_shard(file: Path, tensors: dict[str, torch.Tensor]) -> list[Path]:
         out.write(header([Entry(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]))
         for tensor in tensors.values():
             out.write(as_bytes(tensor))
+            mark()
     return [file]
 
 

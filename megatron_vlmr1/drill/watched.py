@@ -63,7 +63,7 @@ def _flipped(field: Field, action: str, precision: str) -> str:
 
 def unreachable_wandb(field: Field) -> str:
     """Log to a W&B server that refuses connections."""
-    with _environment(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="0" * 40):
+    with _environment(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="0" * 40, WANDB_MODE="online"):
         return _unaffected(field, "wandb", telemetry={"wandb_project": "drill"})
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
-import os
 import queue
+import secrets
 import sys
 import threading
 from collections.abc import Mapping
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from megatron_vlmr1.telemetry.files import write_or_warn
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,16 @@ def check_installed(project: str) -> None:
             f"telemetry.wandb_project={project}: wandb is not installed; pip install 'megatron-vlmr1[wandb]', or leave "
             "the setting empty"
         )
+
+
+def _run_id(path: Path) -> str:
+    """Return the id that a run directory has kept since it began, so that another one in its place is another run."""
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        found = secrets.token_hex(8)
+        write_or_warn(path, found.encode())
+        return found
 
 
 def _end_service() -> None:
@@ -61,7 +72,7 @@ class WandbSink:
         self._settings: dict[str, Any] = {
             "project": project,
             "name": run_dir.name,
-            "id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],
+            "id": _run_id(run_dir / "wandb_id"),
             "resume": "allow",
             "dir": str(run_dir),
             "config": dict(config),
@@ -106,8 +117,6 @@ class WandbSink:
 
     def _begin(self) -> Any:
         """Return the W&B run, trying again until the end of training."""
-        # Else its hook at the interpreter's end waits for the network for as long as that is away.
-        os.environ.setdefault("WANDB_FINISH_TIMEOUT", f"{_LEAVE_S:g}")
         while True:
             try:
                 import wandb

@@ -44,13 +44,12 @@ def _keep(run: Run, step: int, first: int, groups: Sequence[Group] | None) -> No
             write_rollout(folder, step, mesh.dp_rank, mesh.dp_size, groups, first)
         if mesh.rank == 0:
             _prune(folder)
+            base, command = replay_command(run, step, groups is not None)
+            logger.error(
+                "step %d was not finite and skipped; to replay it on the weights of %s: %s", step + 1, base, command
+            )
     except OSError as error:  # no reason to lose the run
-        logger.error("the batch of step %d is not kept: %s", step + 1, error)
-    if mesh.rank == 0:
-        base, command = replay_command(run, step, groups is not None)
-        logger.error(
-            "step %d was not finite and skipped; to replay it on the weights of %s: %s", step + 1, base, command
-        )
+        logger.error("step %d was not finite and skipped; its batch is not kept: %s", step + 1, error)
 
 
 def _prune(folder: Path) -> None:

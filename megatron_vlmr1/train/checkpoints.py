@@ -16,7 +16,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_vlmr1.checkpoint import state
 from megatron_vlmr1.checkpoint.save import Save
 from megatron_vlmr1.checkpoint.staging import Staging
-from megatron_vlmr1.checkpoint.store import Keep, Store
+from megatron_vlmr1.checkpoint.store import Keep, Store, summary, verify
 from megatron_vlmr1.config import Config
 from megatron_vlmr1.errors import STOPPED, RunStopped
 from megatron_vlmr1.parallel.mesh import Mesh
@@ -67,17 +67,27 @@ class Checkpoints:
         self._changes: list[str] = []
 
     def newest(self) -> Path | None:
-        """Let rank 0 clean up and verify; all ranks take the newest valid checkpoint, or None."""
-        found = ""
-        if self.mesh.rank == 0:
+        """Let rank 0 clean up; all ranks verify a share each and take the newest valid checkpoint, or None.
+
+        Raises:
+            OSError: the directory cannot be read, or what a dead attempt left not be removed; on all ranks.
+        """
+        steps: list[int] = []
+
+        def look() -> None:
             self.store.clean()
-            newest = self.store.newest_valid()
-            found = str(newest[0]) if newest else ""
-        found = distributed.broadcast_text(found)
-        if not found:
-            return None
-        logger.info("resuming from %s", self.store.path(int(found)))
-        return self.store.path(int(found))
+            steps.extend(self.store.steps())
+
+        distributed.together(look, only_first=True)
+        for text in reversed(distributed.broadcast_text(" ".join(map(str, steps))).split()):
+            path = self.store.path(int(text))
+            problem = distributed.first_told(summary(verify(path, (self.mesh.rank, self.mesh.world))))
+            if not problem:
+                logger.info("resuming from %s", path)
+                return path
+            if self.mesh.rank == 0:
+                logger.warning("%s is not valid and is passed over: %s", path, problem)
+        return None
 
     def restore(self, actor: Actor, optimizer: MegatronOptimizer, path: Path) -> dict[str, Any]:
         """Restore the state beside weights that are loaded already, and return the run's progress.

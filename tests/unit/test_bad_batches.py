@@ -86,4 +86,4 @@ def test_a_batch_that_cannot_be_kept_ends_nothing(tmp_path: Path, caplog: pytest
         with kept_if_bad(run := fake_run(tmp_path), 3, 0, []):
             run.updater.not_finite += 1
             raise KeyError
-    assert "the batch of step 4 is not kept" in caplog.text
+    assert "step 4 was not finite and skipped; its batch is not kept" in caplog.text

@@ -343,3 +343,18 @@ def test_death_at_any_call_leaves_the_old_or_the_new(tmp_path, step):
         if status == 0:
             break
     assert deaths >= 12
+
+
+def test_shares_of_a_verification_make_a_whole_one(tmp_path):
+    path = save(Store(tmp_path, Keep(3)), 1)
+    files = [file for file in path.rglob("*") if file.is_file() and file.name not in (MANIFEST, "empty.json")]
+    assert len(files) >= 2
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        [problem] = verify(path)
+        assert sorted(p for i in range(3) for p in verify(path, (i, 3))) == [problem]
+        file.write_bytes(whole)
+    (path / "stranger").touch()
+    assert module.summary(verify(path, (2, 3))) == "stranger is not in the manifest"
+    assert module.summary(["a", "b", "c"]) == "a and 2 more problems" and module.summary([]) == ""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -122,10 +125,11 @@ def test_a_folder_of_that_name_is_not_the_package(tmp_path: Path, monkeypatch: p
     wandb_sink.check_installed("p")
 
 
-def test_wandbs_own_hook_at_the_end_does_not_wait_for_ever(
+def test_wandbs_own_process_does_not_outlive_the_sink(
     tmp_path: Path, fake: FakeWandb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wandb_sink.os, "environ", environment := {})
-    fake.gate.set()
-    WandbSink("mine", tmp_path, {}).close()
-    assert environment == {"WANDB_FINISH_TIMEOUT": "10"}
+    monkeypatch.setattr(wandb_sink, "_LEAVE_S", 0.1)
+    sleeper = Path(shutil.copy(shutil.which("sleep") or "", tmp_path / "wandb-core"))
+    with subprocess.Popen([sleeper, "600"]) as service:
+        WandbSink("mine", tmp_path, {}).close()  # it never came to begin
+        assert service.wait(10) == -signal.SIGKILL
