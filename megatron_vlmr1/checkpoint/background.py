@@ -51,10 +51,10 @@ class Writes:
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> tuple[str, Listing]:
-        """Wait until everything is on the disk.
+        """Wait until everything is written and, after `start`, on the disk.
 
         Returns:
-            What went wrong, or nothing; and size and sha256 of each file by its path below the directory.
+            What went wrong, or nothing; and after `start` size and sha256 of each file by its path below the directory.
         """
         if self._thread is not None:
             self._thread.join()

@@ -65,7 +65,6 @@ def save(
     """
     writes = Writes(directory, later=False)
     staged = stage(policy, optimizer, progress, directory, kind, writes, None)
-    writes.start()
     problem, _ = writes.wait()
     distributed.agree(problem)
     results = distributed.gathered(staged.results)

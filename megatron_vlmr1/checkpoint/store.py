@@ -158,17 +158,24 @@ class Store:
         self._prune(step)
         return target
 
-    def newest_valid(self, log: Callable[[str], None] = logger.warning) -> tuple[int, Path] | None:
+    def newest_valid(
+        self,
+        log: Callable[[str], None] = logger.warning,
+        steps: Sequence[int] | None = None,
+        problem_of: Callable[[Path], str] = lambda path: summary(verify(path)),
+    ) -> tuple[int, Path] | None:
         """Return step and path of the newest checkpoint whose every file is as it was published.
 
         Args:
             log: told once for each newer checkpoint that had to be passed over, with the file that is wrong.
+            steps: those to look at, in ascending order; all by default.
+            problem_of: says what is wrong with a checkpoint, or nothing; ranks that share the work agree in it.
         """
-        for step in reversed(self.steps()):
-            problems = verify(self.path(step))
-            if not problems:
+        for step in reversed(self.steps() if steps is None else steps):
+            problem = problem_of(self.path(step))
+            if not problem:
                 return step, self.path(step)
-            log(f"{self.path(step)} is not valid and is passed over: {summary(problems)}")
+            log(f"{self.path(step)} is not valid and is passed over: {problem}")
         return None
 
     def _prune(self, published: int) -> None:

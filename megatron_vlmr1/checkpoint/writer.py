@@ -44,7 +44,6 @@ def save(chunks: Sequence[VlmModel], source: Path, target: Path) -> None:
     """
     writes = Writes(target, later=False)
     stage(chunks, source, target, writes, None)
-    writes.start()
     problem, _ = writes.wait()
     distributed.agree(problem)
     distributed.together(lambda: finish(target, chunks[0].shape), only_first=True)

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_vlmr1.config import ParallelConfig
-from megatron_vlmr1.runtime import device
+from megatron_vlmr1.runtime import distributed
 
 
 @dataclass(frozen=True)
@@ -223,10 +223,8 @@ def _silent_group(rank: int, size: int) -> dist.ProcessGroup:
 
 def _copies_of_the_model(mesh: Mesh) -> list[list[int]]:
     """Return the global ranks of every copy of the model, each in order."""
-    mine = torch.tensor(dist.get_process_group_ranks(mesh.model_group), device=device.device())
-    table = [torch.empty_like(mine) for _ in range(mesh.world)]
-    dist.all_gather(table, mine)
-    return [list(ranks) for ranks in sorted({tuple(row.tolist()) for row in table})]
+    table = distributed.every_row(torch.tensor(dist.get_process_group_ranks(mesh.model_group)))
+    return [list(ranks) for ranks in sorted({tuple(row) for row in table.tolist()})]
 
 
 def _own_group(groups: list[list[int]], rank: int, timeout: timedelta) -> dist.ProcessGroup:

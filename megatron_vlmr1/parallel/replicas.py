@@ -103,9 +103,7 @@ class Replicas:
         mesh = self._mesh
         place = torch.tensor([mesh.tp_rank, mesh.pp_rank, mesh.dp_rank], device=digests.device)
         row = torch.cat([place, digests, torch.tensor([int(changed)], device=digests.device)])
-        rows = [torch.empty_like(row) for _ in range(mesh.world)]
-        dist.all_gather(rows, row)
-        return [list(map(int, row)) for row in torch.stack(rows).tolist()]
+        return [list(map(int, row)) for row in distributed.every_row(row).tolist()]
 
     def _first_changed(self, now: torch.Tensor | None) -> str:
         assert now is not None and self._held is not None

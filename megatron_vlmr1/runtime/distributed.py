@@ -75,13 +75,18 @@ def broadcast_text(text: str, source: int = 0, group: dist.ProcessGroup | None =
     return bytes(buffer.cpu().numpy()).decode()
 
 
+def every_row(mine: torch.Tensor) -> torch.Tensor:
+    """Return the numbers [n] of every rank of the world as a table [world, n]; the same n and type on all ranks."""
+    mine = mine.to(device.device())
+    table = mine.new_empty(dist.get_world_size(), len(mine))
+    dist.all_gather(list(table.unbind()), mine)
+    return table
+
+
 def from_node_leader(text: str, local_rank: int) -> str:
     """Give every rank the text of its own node's first rank; ranks of a node are numbered one after another."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    mine = torch.tensor([local_rank], device=device.device())
-    table = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(table, mine)
-    leaders = [r for r in range(world) if int(table[r]) == 0]
+    rank = dist.get_rank()
+    leaders = [r for r, (number,) in enumerate(every_row(torch.tensor([local_rank])).tolist()) if number == 0]
     texts = {leader: broadcast_text(text, leader) for leader in leaders}
     return texts[max(leader for leader in leaders if leader <= rank)]
 

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_vlmr1.errors import CRASHED
 from megatron_vlmr1.runtime import attempts, hang, heartbeat, stacks
 from megatron_vlmr1.runtime.heartbeat import Heartbeat
-from megatron_vlmr1.telemetry.files import json_line, write_atomic
+from megatron_vlmr1.telemetry.files import json_line, readable_text, write_atomic
 
 _POLL_S = 0.1
 _LINES = 60  # of a rank's stacks that are printed
@@ -108,14 +108,15 @@ def _lookers(records: Collection[Heartbeat], mute: Collection[int], me: Heartbea
 
 def _look(log_dir: Path, records: Collection[Heartbeat], ranks: Collection[int]) -> None:
     for record in (record for record in records if record.rank in ranks):
-        own = _text(heartbeat.path(log_dir, record.rank).with_suffix(".stacks"))  # if only Python was kept from running
+        dump = heartbeat.path(log_dir, record.rank).with_suffix(".stacks")  # if only Python was kept from running
         with suppress(OSError):
-            write_atomic(_stacks(log_dir, record.rank), (stacks.of_other(record.pid) + own).encode())
+            text = stacks.of_other(record.pid) + readable_text(dump)
+            write_atomic(_stacks(log_dir, record.rank), text.encode())
 
 
 def _as_seen(log_dir: Path, record: Heartbeat) -> Heartbeat:
     """Return the record of a silent rank with where it is now, where somebody could look."""
-    step, phase, at = stacks.shown(_text(_stacks(log_dir, record.rank)))
+    step, phase, at = stacks.shown(readable_text(_stacks(log_dir, record.rank)))
     return replace(record, step=record.step if step is None else step, phase=phase or record.phase, at=at or record.at)
 
 
@@ -145,16 +146,9 @@ def _read(path: Path) -> Mapping[str, Any]:
         return {}
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
-
-
 def _first_line(path: Path) -> str:
-    return _text(path).partition("\n")[0]
+    return readable_text(path).partition("\n")[0]
 
 
 def _head(path: Path) -> str:
-    return "\n".join(_text(path).splitlines()[:_LINES])
+    return "\n".join(readable_text(path).splitlines()[:_LINES])

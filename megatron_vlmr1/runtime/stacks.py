@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 from types import FrameType
 
+from megatron_vlmr1.telemetry.files import readable_text
 from megatron_vlmr1.telemetry.timers import PHASES
 
 _PR_SET_NAME = 15  # linux/prctl.h
@@ -39,14 +40,13 @@ def of_other(pid: int) -> str:
     the interpreter's lock; the kernel's own stack needs privileges.
     """
     folder = Path(f"/proc/{pid}")
-    state = next(
-        (line.split(":", 1)[1].strip() for line in _text(folder / "status").splitlines() if "State:" in line), ""
-    )
+    status = (line.partition(":") for line in readable_text(folder / "status").splitlines())
+    state = next((value.strip() for name, _, value in status if name == "State"), "")
     if not state:
         return "the process is gone\n"
-    lines = [f"process state {state}, in the kernel's {_text(folder / 'wchan') or '?'}"]
-    lines.append(f"name {_text(folder / 'comm')}")
-    return "\n".join([*lines, _text(folder / "stack"), _py_spy(pid)]) + "\n"
+    lines = [f"process state {state}, in the kernel's {readable_text(folder / 'wchan') or '?'}"]
+    lines.append(f"name {readable_text(folder / 'comm')}")
+    return "\n".join([*lines, readable_text(folder / "stack"), _py_spy(pid)]) + "\n"
 
 
 def show(name: str) -> None:
@@ -92,10 +92,3 @@ def _py_spy(pid: int) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"no Python stacks: {error}"
     return done.stdout or f"no Python stacks: {' '.join(done.stderr.split())}"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""

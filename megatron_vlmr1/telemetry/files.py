@@ -38,6 +38,14 @@ def write_or_warn(path: Path, data: bytes) -> bool:
     return True
 
 
+def readable_text(path: Path) -> str:
+    """Return a file's text, and nothing where it cannot be read: for whoever tells what can be known."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def json_line(row: Mapping[str, Any]) -> bytes:
     """Return `row` as one line of strict JSON, newline included.
 

@@ -79,15 +79,14 @@ class Checkpoints:
             steps.extend(self.store.steps())
 
         distributed.together(look, only_first=True)
-        for text in reversed(distributed.broadcast_text(" ".join(map(str, steps))).split()):
-            path = self.store.path(int(text))
-            problem = distributed.first_told(summary(verify(path, (self.mesh.rank, self.mesh.world))))
-            if not problem:
-                logger.info("resuming from %s", path)
-                return path
-            if self.mesh.rank == 0:
-                logger.warning("%s is not valid and is passed over: %s", path, problem)
-        return None
+        listed = [int(text) for text in distributed.broadcast_text(" ".join(map(str, steps))).split()]
+        log = logger.warning if self.mesh.rank == 0 else logger.debug
+        share = self.mesh.rank, self.mesh.world
+        newest = self.store.newest_valid(log, listed, lambda path: distributed.first_told(summary(verify(path, share))))
+        if newest is None:
+            return None
+        logger.info("resuming from %s", newest[1])
+        return newest[1]
 
     def restore(self, actor: Actor, optimizer: MegatronOptimizer, path: Path) -> dict[str, Any]:
         """Restore the state beside weights that are loaded already, and return the run's progress.

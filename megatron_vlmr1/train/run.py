@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint.locate import hf_directory, weights_sha256
@@ -157,7 +156,7 @@ class Run:
         last = self.step == cfg.steps
         here.step = self.step
         stopping = distributed.any_rank(self._should_stop())
-        if self._evaluates(self.step) and not stopping:
+        if self._due(cfg.evaluate_every) and not stopping:
             with self.timers("evaluate"):
                 metrics |= self.evaluate()
             self.limit.note_evaluation(self.timers.seconds("evaluate"))
@@ -172,7 +171,7 @@ class Run:
             self.metrics.write(step, metrics)
             console.print_line(step, cfg.steps, metrics)
         # After the metrics, so that a checkpoint's steps are all on record; its time counts in the next step.
-        save = last or stopping or self._saves(self.step)
+        save = last or stopping or self._due(cfg.save_every)
         if save or self.checkpoints.under_way:
             with self.timers("save_exposed"):
                 self.checkpoints.poll()
@@ -187,16 +186,13 @@ class Run:
         """
         step_s = time.perf_counter() - self._started - self.timers.seconds("save_exposed")
         self.limit.note(step_s, self.checkpoints.save_s)
-        saves = self.checkpoints.under_way or self._saves(self.step)
-        return self.stop.requested is not None or self.limit.is_near(self._evaluates(self.step), saves)
+        saves = self.checkpoints.under_way or self._due(self.cfg.train.save_every)
+        evaluates = self._due(self.cfg.train.evaluate_every)
+        return self.stop.requested is not None or self.limit.is_near(evaluates, saves)
 
-    def _evaluates(self, step: int) -> bool:
-        every = self.cfg.train.evaluate_every
-        return bool(every) and step % every == 0
-
-    def _saves(self, step: int) -> bool:
-        every = self.cfg.train.save_every
-        return bool(every) and step % every == 0
+    def _due(self, every: int) -> bool:
+        """Whether what comes every so many steps, 0 never, comes after this one."""
+        return bool(every) and self.step % every == 0
 
     def _save(self, metrics: dict[str, float], last: bool, wait: bool) -> None:
         """Save; the last checkpoint of an attempt is tried again until it is there or the run stops itself."""
@@ -227,9 +223,7 @@ class Run:
 
     def write_facts(self) -> None:
         """Write ``facts.json``: who took part, and what was read; all ranks call it at the end of training."""
-        mine = torch.tensor([os.getpid()])
-        pids = [torch.empty_like(mine) for _ in range(self.mesh.world)]
-        dist.all_gather(pids, mine)
+        pids = distributed.every_row(torch.tensor([os.getpid()]))[:, 0].tolist()
         read = {name for r in range(self.mesh.world) for name in self._shards_read_by(r)}
         if self.mesh.rank != 0:
             return
@@ -237,7 +231,7 @@ class Run:
         facts = {
             "parallel": self.mesh.describe(),
             "versions": {name: version(name) for name in ("megatron-core", "torch", "transformers")},
-            "rank_pids": [int(pid) for pid in pids],
+            "rank_pids": pids,
             "reward_pids": [stats["service_pid"], *stats["worker_pids"]] if stats else [],
             "scored": stats.get("scored", 0),
             "shards_read": sorted(read),

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from megatron_vlmr1.runtime import device
+from megatron_vlmr1.runtime import distributed
 from megatron_vlmr1.telemetry.timers import PHASES
 
 logger = logging.getLogger(__name__)
@@ -79,10 +78,7 @@ class Stragglers:
         if self._world == 1:
             return {}
         own = [own_s(phase, times.get(f"time/{phase}", 0.0), waits.get(phase, 0.0)) for phase in PHASES]
-        mine = torch.tensor(own, dtype=torch.float32, device=device.device())
-        table = torch.empty(self._world, len(own), dtype=torch.float32, device=device.device())
-        dist.all_gather(list(table.unbind()), mine)
-        found = slowest(table.tolist())
+        found = slowest(distributed.every_row(torch.tensor(own, dtype=torch.float32)).tolist())
         self._tell(found, step_s)
         return {
             "straggler/rank": float(found.rank),
