@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_vlmr1.checkpoint.coverage import cover
-from megatron_vlmr1.config import parse_parallel
+from megatron_vlmr1.config import ParallelConfig, parse_section
 from megatron_vlmr1.models.families import read_shape
 
 MODELS = Path(__file__).resolve().parents[1] / "configs" / "model"
@@ -55,7 +55,8 @@ def rows(size: str) -> Iterator[dict[str, Any]]:
     """Yield each layout's sizes, time in seconds, and GB per rank or the reason why there is none."""
     shape = read_shape(MODELS / f"qwen2.5-vl-{size}")
     for tp, pp in ((tp, pp) for tp in POWERS for pp in POWERS):
-        layout = parse_parallel({"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}, "layout")
+        sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+        layout = parse_section(ParallelConfig, sizes, "layout")
         started = time.perf_counter()
         error, gb = None, []
         try:

@@ -171,7 +171,9 @@ def _kind(metadata: Any, source: Path) -> str:
 def _check_same_parts(progress: dict[str, Any], policy: Policy, directory: Path) -> None:
     """Refuse to resume from parts of the model that this layout cuts differently."""
     try:
-        saved = config.parse_parallel(progress["config"]["parallel"], f"{directory}/progress.json")
+        saved = config.parse_section(
+            config.ParallelConfig, progress["config"]["parallel"], f"{directory}/progress.json"
+        )
     except (KeyError, TypeError):
         return  # not a run's
     before, now = _cut(saved), _cut(policy.mesh.layout)

@@ -96,7 +96,7 @@ def _layout(args: argparse.Namespace) -> ParallelConfig:
     }
     if args.layers is not None:
         values["pipeline_layers"] = args.layers.split(",")
-    return config.parse_parallel(values, "layout")
+    return config.parse_section(config.ParallelConfig, values, "layout")
 
 
 def _shared_out(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:

@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from megatron_vlmr1.config.data import MIXTURE, ONE_SET, SourceConfig
 from megatron_vlmr1.config.section import Section
-from megatron_vlmr1.config.settings import Config, ParallelConfig
+from megatron_vlmr1.config.settings import Config
 
 _S = TypeVar("_S", bound=Section)
 
@@ -44,19 +44,15 @@ def parse(raw: dict[str, Any], origin: str) -> Config:
     Raises:
         ValueError: one line with the first few problems.
     """
-    return _validated(Config, raw, origin)
+    return parse_section(Config, raw, origin)
 
 
-def parse_parallel(raw: dict[str, Any], origin: str) -> ParallelConfig:
-    """Validate a section `parallel` alone; as `parse`.
+def parse_section(kind: type[_S], raw: dict[str, Any], origin: str) -> _S:
+    """Validate one section alone, as `parse` does a whole config.
 
     Raises:
         ValueError: one line with the first few problems.
     """
-    return _validated(ParallelConfig, raw, origin)
-
-
-def _validated(kind: type[_S], raw: dict[str, Any], origin: str) -> _S:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import IO, Any
 
 from megatron_vlmr1 import errors
+from megatron_vlmr1.runtime import attempts
 from megatron_vlmr1.runtime.attempts import OUTCOME, read_outcome, write_outcome
 from megatron_vlmr1.runtime.children import die_with_parent, kill_sessions
 
@@ -46,11 +47,9 @@ def new_attempt(run_dir: str | Path) -> Path:
     Raises:
         OSError: it cannot be made, or another attempt took the same number just now.
     """
-    logs = Path(run_dir) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    names = (path.name.removeprefix("attempt_") for path in logs.glob("attempt_*"))
-    number = max((int(name) for name in names if name.isdecimal()), default=-1) + 1
-    path = logs / f"attempt_{number}"
+    former = attempts.newest(Path(run_dir))
+    path = Path(run_dir) / "logs" / f"attempt_{0 if former is None else attempts.number(former) + 1}"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir()
     return path
 

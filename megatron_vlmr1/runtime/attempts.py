@@ -50,6 +50,12 @@ def read_outcome(log_dir: Path) -> dict[str, Any] | None:
     return outcome
 
 
+def newest(run_dir: Path) -> Path | None:
+    """Return the directory of a run's newest attempt, None before the first one."""
+    attempts = [path for path in (run_dir / "logs").glob("attempt_*") if path.name.removeprefix("attempt_").isdecimal()]
+    return max(attempts, key=number, default=None)
+
+
 def crash_loop(log_dir: Path) -> str:
     """Return why the attempt of `log_dir` had better not start: nothing, or that the same step failed three times.
 
@@ -59,8 +65,8 @@ def crash_loop(log_dir: Path) -> str:
     was started to try again. One that never came to its first step, or was refused, says nothing.
     """
     row: list[Crash] = []
-    for number in range(_number(log_dir) - 1, -1, -1):
-        attempt = log_dir.with_name(f"attempt_{number}")
+    for before in range(number(log_dir) - 1, -1, -1):
+        attempt = log_dir.with_name(f"attempt_{before}")
         records = heartbeat.read_all(attempt)
         steps = [record.step for record in records if record.step is not None]
         if steps:
@@ -82,7 +88,8 @@ def crash_loop(log_dir: Path) -> str:
     )
 
 
-def _number(log_dir: Path) -> int:
+def number(log_dir: Path) -> int:
+    """Return the K of ``attempt_K``; 0 for a directory of another name."""
     name = log_dir.name.removeprefix("attempt_")
     return int(name) if name.isdecimal() else 0
 
