@@ -27,7 +27,7 @@ RUN before=$(python -c 'import torch; print(torch.__version__)') \
  && vlmr1 --version
 
 RUN useradd --create-home --no-log-init --uid "$UID" --non-unique vlmr1
-USER vlmr1
+USER ${UID}
 WORKDIR /home/vlmr1
 
 ENTRYPOINT ["vlmr1"]

