@@ -12,7 +12,6 @@ from megatron_vlmr1 import errors
 from megatron_vlmr1.cli.common import find_config, print_json
 
 if TYPE_CHECKING:
-    from megatron_vlmr1.launch.study import Jobs
     from megatron_vlmr1.plan.study import Cell, StudyConfig
 
 _EPILOG = """\
@@ -52,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: the study is refused; one line.
     """
+    from megatron_vlmr1.launch import cluster as clusters
     from megatron_vlmr1.launch.study import DONE, Study
+    from megatron_vlmr1.launch.study_jobs import LocalJobs, SlurmJobs
     from megatron_vlmr1.plan import study as studies
     from megatron_vlmr1.runtime.lock import held
 
@@ -60,11 +61,13 @@ def run(args: argparse.Namespace) -> int:
     study = studies.read(path)
     out = (args.out or Path("runs", "scaling", path.stem)).absolute()
     config_file = _config_of(study, path)
-    cells = studies.cells(study, config_file, out)
+    cluster = clusters.load(study.cluster) if study.cluster else None
+    ranks_per_node = cluster.ranks_per_node if cluster else study.ranks_per_node or 1
+    cells = studies.cells(study, ranks_per_node, config_file, out)
     if args.dry_run:
         return _print_cells(cells, args.json)
     with held(out):
-        jobs = _jobs(study, config_file)
+        jobs = SlurmJobs(config_file, cluster, study.at_once, study.time) if cluster else LocalJobs(config_file)
         whole = Study(path.stem, cells, config_file, out, jobs, study.warmup_steps, _say)
         whole.run(args.retry_failed)
     if args.json:
@@ -95,12 +98,6 @@ def _config_of(study: StudyConfig, path: Path) -> Path:
     """The runs' config: beside the study, from here, or one that came with the package."""
     beside = path.parent / study.config
     return (beside if beside.is_file() else find_config(study.config)).absolute()
-
-
-def _jobs(study: StudyConfig, config_file: Path) -> Jobs:
-    from megatron_vlmr1.launch import study_jobs
-
-    return study_jobs.LocalJobs(config_file)
 
 
 def _print_cells(cells: Sequence[Cell], as_json: bool) -> int:

@@ -1,7 +1,7 @@
 """Every setting: `settings` holds them with their meanings and defaults, `files` reads and writes them."""
 
 from megatron_vlmr1.config.data import DataConfig, SourceConfig
-from megatron_vlmr1.config.files import dump, load, parse, parse_saved, parse_section
+from megatron_vlmr1.config.files import dump, load, load_section, parse, parse_saved, parse_section
 from megatron_vlmr1.config.settings import (
     Config,
     DebugConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "decoding_layout",
     "dump",
     "load",
+    "load_section",
     "parse",
     "parse_saved",
     "parse_section",

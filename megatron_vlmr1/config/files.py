@@ -25,6 +25,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ValueError: one line naming the file and the key, with the nearest known key for a typo.
     """
+    return load_section(Config, path, overrides)
+
+
+def load_section(kind: type[_S], path: str | Path, overrides: Sequence[str] = ()) -> _S:
+    """Read a YAML file that holds one section of any kind; as `load`.
+
+    Raises:
+        ValueError: one line naming the file and the key, with the nearest known key for a typo.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such config file")
@@ -35,7 +44,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path}: not a readable config: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: a config is a mapping of sections")
-    return parse({str(key): value for key, value in raw.items()}, str(path))
+    return parse_section(kind, {str(key): value for key, value in raw.items()}, str(path))
 
 
 def parse(raw: dict[str, Any], origin: str) -> Config:

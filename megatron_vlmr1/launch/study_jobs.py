@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_vlmr1 import config
+from megatron_vlmr1.launch import slurm
+from megatron_vlmr1.launch.cluster import Cluster
 from megatron_vlmr1.launch.local import GRACE_S, ORDERLY_GRACE_S, rank_command
+from megatron_vlmr1.launch.submit import Request, submit
 from megatron_vlmr1.plan.study import Cell
 
+log = logging.getLogger(__name__)
+
 _LOG = "job.log"
+_ALIVE = {
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "COMPLETING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "RESIZING",
+    "SIGNALING",
+    "STAGE_OUT",
+    "STOPPED",
+    "SUSPENDED",
+}
 
 
 class LocalJobs:
@@ -50,3 +71,36 @@ class LocalJobs:
     def log(self, run_dir: Path) -> Path:
         """Return the job's output."""
         return run_dir / _LOG
+
+
+class SlurmJobs:
+    """Jobs of a cluster, at most `at_once` in its queue; they outlive this process and are found again."""
+
+    poll_s = 5.0
+
+    def __init__(self, config_file: Path, cluster: Cluster, at_once: int, time: str | None) -> None:
+        self.at_once = at_once
+        self._config_file, self._cluster, self._time = config_file, cluster, time
+
+    def start(self, cell: Cell, run_dir: Path, retry: bool) -> str:
+        """Submit the cell; return the job's id."""
+        cfg = config.load(self._config_file, list(cell.overrides))
+        (job,) = submit(Request(cfg, self._cluster, cell.nodes, time=self._time, retry=retry))
+        return job
+
+    def alive(self, job: str) -> bool:
+        """Whether SLURM has it waiting or running; a controller that does not answer for a while is asked again."""
+        try:
+            return slurm.job_state(job) in _ALIVE
+        except ValueError as error:
+            log.warning("job %s: %s", job, error)
+            return True
+
+    def stop(self) -> None:
+        """Leave the jobs in the queue."""
+
+    def log(self, run_dir: Path) -> Path:
+        """Return the batch script's output."""
+        return max(
+            (run_dir / "logs").glob("slurm-*.out"), key=lambda path: path.stat().st_mtime, default=run_dir / _LOG
+        )

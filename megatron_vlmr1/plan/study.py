@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, model_validator
-from yaml import YAMLError
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.config import Config
@@ -30,8 +27,8 @@ class StudyConfig(Section):
     """YAML file of the runs, or the name of one that came with the package."""
     nodes: Annotated[list[PositiveInt], Field(min_length=1)]
     """Numbers of nodes; the smallest is what efficiencies are measured against."""
-    ranks_per_node: PositiveInt = 1
-    """Ranks on each node: its GPUs, or processes of a CPU node. With local jobs a node is so many processes."""
+    ranks_per_node: PositiveInt | None = None
+    """Without a cluster, which knows by itself: so many local processes stand for a node; 1 when empty."""
     overrides: Overrides = {}
     """Settings of all runs, dotted keys as on the command line."""
     axes: dict[str, dict[str, Overrides]] = {}
@@ -61,6 +58,12 @@ class StudyConfig(Section):
                 raise ValueError(f"{key} is set by the study itself, or is the name of an axis and not a setting")
         if len(set(self.nodes)) < len(self.nodes):
             raise ValueError(f"nodes={self.nodes} names a number twice")
+        if self.cluster is None and (self.time, self.at_once) != (None, 4):
+            raise ValueError(
+                "time and at_once are for jobs of a cluster: without one, local jobs run one after another"
+            )
+        if self.cluster is not None and self.ranks_per_node is not None:
+            raise ValueError("ranks_per_node is for local jobs: a cluster's file says how many ranks its nodes have")
         return self
 
 
@@ -82,18 +85,10 @@ def read(path: Path) -> StudyConfig:
     Raises:
         ValueError: one line that names the file and the key.
     """
-    try:
-        raw = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such study") from error
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path}: not a readable study: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: a study is a mapping of keys; the first ones are config and nodes")
-    return config.parse_section(StudyConfig, {str(key): value for key, value in raw.items()}, str(path))
+    return config.load_section(StudyConfig, path)
 
 
-def cells(study: StudyConfig, config_file: Path, out: Path) -> list[Cell]:
+def cells(study: StudyConfig, ranks_per_node: int, config_file: Path, out: Path) -> list[Cell]:
     """Return the runs of the grid, those of few nodes first; each with `out`/cells/NAME as its run directory.
 
     Raises:
@@ -113,7 +108,7 @@ def cells(study: StudyConfig, config_file: Path, out: Path) -> list[Cell]:
             cfg = _loaded(config_file, words, name)
             if curves == ("weak",) and nodes > least:
                 words.append(f"train.prompts_per_step={_grown(cfg.train.prompts_per_step, nodes, least, name)}")
-            found.append(Cell(name, nodes, nodes * study.ranks_per_node, point, curves, tuple(words)))
+            found.append(Cell(name, nodes, nodes * ranks_per_node, point, curves, tuple(words)))
     return found
 
 

@@ -96,7 +96,10 @@ def test_the_image_is_built_from_what_the_package_needs_and_runs_as_a_user():
     copied = {word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]}
     kept = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
     assert copied == kept == set(PARTS)
-    assert [line for line in lines if line.startswith(("USER", "ENTRYPOINT"))] == ["USER ${UID}", 'ENTRYPOINT ["vlmr1"]']
+    assert [line for line in lines if line.startswith(("USER", "ENTRYPOINT"))] == [
+        "USER ${UID}",
+        'ENTRYPOINT ["vlmr1"]',
+    ]
     assert next(line for line in lines if line.startswith("ARG BASE=")).count(":") == 1  # a tag
 
 

@@ -45,7 +45,7 @@ def write_study(folder: Path, **changes: object) -> Path:
 
 
 def grid(folder: Path, base: Path, **changes: object) -> list[Cell]:
-    return cells(read(write_study(folder, **changes)), base, folder / "out")
+    return cells(read(write_study(folder, **changes)), 2, base, folder / "out")
 
 
 def test_the_grid_has_every_point_once(tmp_path: Path, base: Path) -> None:
@@ -71,6 +71,9 @@ def test_the_grid_has_every_point_once(tmp_path: Path, base: Path) -> None:
         ({"overrides": {"train.step": 3}}, "cell n1-dp-b8: "),
         ({"nodes": [2, 3], "axes": {"b": {"odd": {"train.prompts_per_step": 7}}}}, "cell n3-odd-weak: "),
         ({"scaling": ["fast"]}, "scaling.0: "),
+        ({"time": "10:00"}, "time and at_once are for jobs of a cluster"),
+        ({"cluster": "cpu"}, "ranks_per_node is for local jobs"),
+        ({"cluster": "none", "ranks_per_node": None}, "none: no such cluster file"),
     ],
 )
 def test_a_wrong_study_is_one_line(
