@@ -86,13 +86,16 @@ def read_devices() -> list[dict[str, float]]:
 
 
 def read_health(uuid: str | None = None) -> list[Health]:
-    """Return the health of all GPUs, or of the one that CUDA gives this `uuid`."""
+    """Return the health of all GPUs, or of the one with this `uuid`; of none where NVML has no such one (MIG)."""
     nvml = library()
     if nvml is None:
         return []
-    if uuid is not None:
-        return [_health(nvml, -1, nvml.nvmlDeviceGetHandleByUUID, uuid)]
-    return [_health(nvml, index, nvml.nvmlDeviceGetHandleByIndex, index) for index in range(_count(nvml))]
+    if uuid is None:
+        return [_health(nvml, index) for index in range(_count(nvml))]
+    try:
+        return [_health(nvml, int(nvml.nvmlDeviceGetIndex(nvml.nvmlDeviceGetHandleByUUID(uuid))))]
+    except nvml.NVMLError:
+        return []
 
 
 def driver_version() -> str:
@@ -160,16 +163,16 @@ def _ecc(nvml: Any, gpu: Any, kind: Any) -> float:
     return float(nvml.nvmlDeviceGetTotalEccErrors(gpu, kind, nvml.NVML_VOLATILE_ECC))
 
 
-def _health(nvml: Any, index: int, find: Callable[[Any], Any], key: Any) -> Health:
+def _health(nvml: Any, index: int) -> Health:
     try:
-        gpu = find(key)
+        gpu = nvml.nvmlDeviceGetHandleByIndex(index)
         memory = nvml.nvmlDeviceGetMemoryInfo(gpu)
     except nvml.NVMLError as error:
         return Health(index, lost=str(error) or type(error).__name__)
     get = _Getter(nvml)
     reasons = int(get(0, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, gpu))
     return Health(
-        index=int(get(index, nvml.nvmlDeviceGetIndex, gpu)),
+        index=index,
         uuid=_text(get("", nvml.nvmlDeviceGetUUID, gpu)),
         name=_text(get("", nvml.nvmlDeviceGetName, gpu)),
         ecc_uncorrected=int(get(0, lambda: _ecc(nvml, gpu, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED))),
