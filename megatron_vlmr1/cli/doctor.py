@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from megatron_vlmr1.runtime.ranks import identity
 
 if TYPE_CHECKING:
     from megatron_vlmr1.config import Config
-    from megatron_vlmr1.launch.doctor import Line
+    from megatron_vlmr1.launch.doctor_line import Line
     from megatron_vlmr1.launch.preflight import Examination
 
 _JOB_TIMEOUT_S = 120
@@ -47,7 +48,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: the config is wrong.
     """
-    from megatron_vlmr1.launch.doctor import all_well, job_lines, local_lines
+    from megatron_vlmr1.launch import doctor_packages
+    from megatron_vlmr1.launch.doctor_line import all_well
+
+    packages = doctor_packages.lines()
+    if not all_well(packages):  # the rest could not even be imported
+        return _said(packages, None, args.json)
+    from megatron_vlmr1.launch.doctor import job_lines, machine_lines
 
     overrides = [*args.overrides, *([f"run_dir={args.run_dir}"] if args.run_dir and args.config else [])]
     cfg = load_config(args.config, overrides) if args.config else None
@@ -56,9 +63,16 @@ def run(args: argparse.Namespace) -> int:
     me = identity()
     if me is not None and me.rank:
         return errors.BAD_INPUT if found and not all_well(job_lines(found)) else errors.DONE
-    lines = [*local_lines(cfg, run_dir), *(job_lines(found) if found else [])]
+    lines = [*packages, *machine_lines(cfg, run_dir), *(job_lines(found) if found else [])]
+    return _said(lines, found, args.json)
+
+
+def _said(lines: Sequence[Line], found: Examination | None, as_json: bool) -> int:
+    """Print the lines; return the exit code."""
+    from megatron_vlmr1.launch.doctor_line import all_well
+
     well = all_well(lines)
-    if args.json:
+    if as_json:
         job = found.document() if found else None
         print_json({"ok": well, "lines": [asdict(line) for line in lines], "job": job})
     else:
@@ -80,6 +94,10 @@ def _examined(cfg: Config | None, run_dir: Path) -> Examination:
 
 
 def _print_table(lines: Sequence[Line]) -> None:
+    if importlib.util.find_spec("rich") is None:  # it may be what is missing
+        for line in lines:
+            print(f"{line.name}: {line.state}: {line.found}{line.do and f' -> {line.do}'}")
+        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_vlmr1.launch.doctor import Line
-from megatron_vlmr1.launch.preflight_verdict import gpu_reasons
+from megatron_vlmr1.launch.doctor_line import Line
+from megatron_vlmr1.launch.health import gpu_reasons
 from megatron_vlmr1.telemetry import nvml
 
 _DO = "use another GPU; `nvidia-smi -q` tells more, a reset or reboot may mend it"

@@ -12,9 +12,8 @@ from pathlib import Path
 import psutil
 
 from megatron_vlmr1.launch.disk import existing_parent, measure
-from megatron_vlmr1.launch.doctor import Line
-from megatron_vlmr1.launch.preflight_node import port_problem
-from megatron_vlmr1.launch.preflight_verdict import MIN_DISK_BYTES, MIN_MEMORY_BYTES
+from megatron_vlmr1.launch.doctor_line import Line
+from megatron_vlmr1.launch.health import MIN_DISK_BYTES, MIN_MEMORY_BYTES, port_problem
 from megatron_vlmr1.telemetry import nvml
 
 SHM_BYTES = 1 << 30  # NCCL and gloo of a node's ranks meet there

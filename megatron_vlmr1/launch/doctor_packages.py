@@ -1,4 +1,7 @@
-"""Python and the packages, against the ranges of setup.cfg as the installed distribution repeats them."""
+"""Python and the packages, against the ranges of setup.cfg as the installed distribution repeats them.
+
+Imports none of them before it has looked: they may be what is broken.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import platform
 from collections.abc import Iterator
 from importlib import metadata
 
-from megatron_vlmr1.launch.doctor import Line
+from megatron_vlmr1.launch.doctor_line import Line
 from megatron_vlmr1.launch.versions import DISTRIBUTION, installed, nccl_version
 from megatron_vlmr1.telemetry import nvml
 
@@ -26,6 +29,8 @@ def lines() -> list[Line]:
         ours = metadata.distribution(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return [Line(DISTRIBUTION, "bad", "is not installed", "pip install -e . in its checkout"), *_imports()]
+    if not installed("packaging"):
+        return [Line("packaging", "bad", "is not installed", "pip install packaging"), *_imports()]
     return [_python(ours.metadata["Requires-Python"] or ""), *_requirements(ours.requires or []), *_imports()]
 
 

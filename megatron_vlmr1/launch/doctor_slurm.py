@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
-from megatron_vlmr1.launch.doctor import Line
+from megatron_vlmr1.launch.doctor_line import Line
 
 _COMMANDS = ("sbatch", "srun", "scontrol", "scancel", "squeue")
 _PING_S = 10.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 
 from megatron_vlmr1.config import TelemetryConfig
 from megatron_vlmr1.launch.disk import Disk, existing_parent, measure
+from megatron_vlmr1.launch.health import port_problem
 from megatron_vlmr1.launch.versions import versions
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.runtime.ranks import leads_node, node_name
@@ -88,16 +88,3 @@ def gemm_tflops() -> float:
         torch.cuda.synchronize()
         count += 4
     return 2 * _GEMM**3 * count / (time.perf_counter() - begun) / 1e12
-
-
-def port_problem(host: str, port: int | None) -> str:
-    """Return why nothing can be served there, "" if it can or nothing shall."""
-    if not port:
-        return ""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return f"telemetry.prometheus_port={port} cannot be had at {host}: {error.strerror}"
-    return ""

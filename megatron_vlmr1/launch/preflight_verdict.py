@@ -11,14 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_vlmr1.launch.disk import Disk
+from megatron_vlmr1.launch.health import MIN_DISK_BYTES, MIN_MEMORY_BYTES, gigabytes, gpu_reasons
 from megatron_vlmr1.launch.preflight_network import WRONG, Pair
 from megatron_vlmr1.launch.preflight_node import RankFacts
 from megatron_vlmr1.launch.versions import DRIVER
 from megatron_vlmr1.telemetry.nvml import Health
 
-MIN_DISK_BYTES = 256 << 20  # free where a run writes; checkpoints that find no room are told of and tried again
-MIN_MEMORY_BYTES = 256 << 20  # available on a node
-MIN_GPU_FREE = 0.85  # of its memory, before a model is loaded; CUDA and NCCL hold some already
 CLOCK_TOLERANCE_S = 2.0  # between a node's wall clock and the median of all
 SLOW_LINK = 0.4  # times the median of nodes: less is a slow network
 SLOW_GPU = 0.75  # the same of matrix products
@@ -91,28 +89,13 @@ def verdict(nodes: Sequence[Node], pairs: Sequence[Pair]) -> Verdict:
             if reason := _disk_reason(disk):
                 out.blame(node.name, reason)
         if node.first.free_bytes < MIN_MEMORY_BYTES:
-            out.blame(node.name, f"{_gb(node.first.free_bytes)} of memory available")
+            out.blame(node.name, f"{gigabytes(node.first.free_bytes)} of memory available")
     _judge_clocks(nodes, out)
     _judge_network(nodes, pairs, out)
     _compare(nodes, out)
     if not out.broken and len(out.bad) == len(nodes):
         out.broken = out.words() if len(nodes) == 1 else f"every node is bad: {out.words()}"
     return out
-
-
-def gpu_reasons(gpu: Health) -> list[str]:
-    """Return what is wrong with a GPU, in words."""
-    if gpu.lost:
-        return [f"does not answer: {gpu.lost}"]
-    found = [f"is slowed down ({reason})" for reason in gpu.throttled]
-    if gpu.ecc_uncorrected:
-        found.append(f"has {gpu.ecc_uncorrected} uncorrected memory errors")
-    if gpu.row_trouble:
-        found.append(gpu.row_trouble)
-    if gpu.mem_total and gpu.mem_free < MIN_GPU_FREE * gpu.mem_total:
-        by = f" (processes {', '.join(map(str, gpu.processes))})" if gpu.processes else ""
-        found.append(f"has {_gb(gpu.mem_free)} of {_gb(gpu.mem_total)} free{by}")
-    return found
 
 
 def any_slow(pairs: Sequence[Pair]) -> bool:
@@ -168,7 +151,7 @@ def _not_shared(nodes: Sequence[Node]) -> str:
 def _disk_reason(disk: Disk) -> str:
     if disk.problem:
         return f"{disk.path} cannot be written: {disk.problem}"
-    return f"{_gb(disk.free_bytes)} free in {disk.path}" if disk.free_bytes < MIN_DISK_BYTES else ""
+    return f"{gigabytes(disk.free_bytes)} free in {disk.path}" if disk.free_bytes < MIN_DISK_BYTES else ""
 
 
 def _judge_clocks(nodes: Sequence[Node], out: Verdict) -> None:
@@ -184,15 +167,17 @@ def _judge_network(nodes: Sequence[Node], pairs: Sequence[Pair], out: Verdict) -
     slow = slow_nodes(names, pairs)
     usual = statistics.median([p.bytes_s for p in pairs if not slow.keys() & set(p.nodes)] or [0.0])
     for name, rate in slow.items():
-        said = "its messages arrive changed" if rate == WRONG else f"slow network: {_gb(rate)}/s to most nodes"
-        out.blame(name, f"{said}, others have {_gb(usual)}/s")
+        said = "its messages arrive changed" if rate == WRONG else f"slow network: {gigabytes(rate)}/s to most nodes"
+        out.blame(name, f"{said}, others have {gigabytes(usual)}/s")
     for pair in pairs:
         if slow.keys() & set(pair.nodes):
             continue
         if pair.bytes_s == WRONG:
             out.broken = out.broken or f"messages between {pair.nodes[0]} and {pair.nodes[1]} arrive changed"
         elif pair.bytes_s < SLOW_LINK * usual:
-            out.warnings.append(f"between {' and '.join(pair.nodes)} only {_gb(pair.bytes_s)}/s, usual {_gb(usual)}/s")
+            out.warnings.append(
+                f"between {' and '.join(pair.nodes)} only {gigabytes(pair.bytes_s)}/s, usual {gigabytes(usual)}/s"
+            )
 
 
 def _compare(nodes: Sequence[Node], out: Verdict) -> None:
@@ -224,7 +209,3 @@ def _below(
     for name, value in values.items():
         if 0 < value < min(limit, share * usual):
             out.blame(name, told.format(value, usual))
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB"

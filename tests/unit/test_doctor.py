@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import resource
 import shutil
 import socket
@@ -16,9 +17,11 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_vlmr1.cli import doctor
 from megatron_vlmr1.cli.main import main
 from megatron_vlmr1.launch import doctor_gpus, doctor_host, doctor_packages, doctor_slurm, versions
-from megatron_vlmr1.launch.doctor import Line, all_well, job_lines
+from megatron_vlmr1.launch.doctor import job_lines
+from megatron_vlmr1.launch.doctor_line import Line, all_well
 from megatron_vlmr1.launch.preflight import Examination
 from megatron_vlmr1.launch.preflight_verdict import Verdict
 from megatron_vlmr1.telemetry import nvml
@@ -85,6 +88,17 @@ def test_an_installation_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None
     lines = list(doctor_packages.lines())
     assert [line.state for line in lines] == ["bad", "bad"]
     assert lines[1].found == "ImportError: libcudart.so.12: cannot open"
+
+
+def test_torch_that_cannot_be_imported_is_a_line_not_a_crash(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise ImportError('libtorch.so: no such file')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ['PYTHONPATH']}"}
+    command = [sys.executable, "-m", "megatron_vlmr1.cli", "doctor", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr == "", done.stderr
+    bad = [line for line in json.loads(done.stdout)["lines"] if line["state"] == "bad"]
+    assert [line["found"] for line in bad] == ["ImportError: libtorch.so: no such file"]
 
 
 def test_transformer_engine_is_looked_for_but_never_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -154,6 +168,12 @@ def test_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [line.found for line in doctor_slurm.lines()] == ["Slurmctld at n1 is UP", "7 on n[1-2]"]
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(subprocess.TimeoutExpired("x", 1)))
     assert next(doctor_slurm.lines()).state == "missing"
+
+
+def test_a_table_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    doctor._print_table([Line("a", "ok", "1"), Line("b", "bad", "2", "mend")])
+    assert capsys.readouterr().out == "a: ok: 1\nb: bad: 2 -> mend\n"
 
 
 def test_a_job_in_lines() -> None:

@@ -10,8 +10,9 @@ import pytest
 from megatron_vlmr1.errors import REQUEUE, RunStopped
 from megatron_vlmr1.launch import preflight
 from megatron_vlmr1.launch.disk import Disk, existing_parent, measure
+from megatron_vlmr1.launch.health import port_problem
 from megatron_vlmr1.launch.preflight_network import WRONG, Pair, quick_rounds, tournament
-from megatron_vlmr1.launch.preflight_node import RankFacts, port_problem
+from megatron_vlmr1.launch.preflight_node import RankFacts
 from megatron_vlmr1.launch.preflight_verdict import Node, Verdict, slow_nodes, verdict
 from megatron_vlmr1.launch.versions import code_sha256, versions
 from megatron_vlmr1.runtime import distributed
