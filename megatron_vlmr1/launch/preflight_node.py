@@ -53,9 +53,9 @@ def facts(
     rank: int, config: str, directory: Path, cache_dir: str | None, level: str, telemetry: TelemetryConfig | None
 ) -> RankFacts:
     """Find out: in `directory`, in the node's temporary files and in `cache_dir` something is written."""
-    uuid = device.uuid()
-    gpu = next(iter(nvml.read_health(uuid)), None) if uuid else None
     speed = gemm_tflops()
+    uuid = device.uuid()
+    gpu = next(iter(nvml.read_health(uuid)), None) if uuid else None  # right after work: an idle one is not slowed down
     if not leads_node():
         return RankFacts(rank, node_name(), config, gpu=gpu, gemm_tflops=speed)
     memory = psutil.virtual_memory()
@@ -87,4 +87,7 @@ def gemm_tflops() -> float:
             _ = a @ a
         torch.cuda.synchronize()
         count += 4
-    return 2 * _GEMM**3 * count / (time.perf_counter() - begun) / 1e12
+    seconds = time.perf_counter() - begun
+    del a, _
+    torch.cuda.empty_cache()
+    return 2 * _GEMM**3 * count / seconds / 1e12

@@ -91,10 +91,13 @@ def _over(readings: Sequence[Mapping[str, Any]], name: str, join: Any) -> float:
 def _phase_spans(seconds: Floats, phases: Sequence[str]) -> list[tuple[float, float, str]]:
     """(begin, end, phase) of the stretches in which most samples of a bin are of one phase."""
     spans: list[tuple[float, float, str]] = []
+    usual = float(np.median(np.diff(seconds)))
     for chunk in np.array_split(np.arange(len(phases)), min(_BINS, len(phases))):
         phase = Counter(phases[i] for i in chunk).most_common(1)[0][0]
-        begin, end = float(seconds[chunk[0]]), float(seconds[min(chunk[-1] + 1, len(phases) - 1)])
-        if spans and spans[-1][2] == phase:
+        begin, last = float(seconds[chunk[0]]), float(seconds[chunk[-1]])
+        after = float(seconds[min(chunk[-1] + 1, len(phases) - 1)])
+        end = after if after - last <= _GAP * usual else last
+        if spans and spans[-1][1:] == (begin, phase):
             spans[-1] = (spans[-1][0], end, phase)
         else:
             spans.append((begin, end, phase))

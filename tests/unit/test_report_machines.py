@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_vlmr1.report.machines import machines
+import numpy as np
+
+from megatron_vlmr1.report.machines import _phase_spans, machines
 from megatron_vlmr1.report.page import build
 from megatron_vlmr1.telemetry.metrics import MetricsWriter
 
@@ -33,6 +35,18 @@ def test_gpus_where_there_are_some_else_the_host(tmp_path: Path) -> None:
     assert [title.split(",")[0] for title, _ in second.charts] == ["CPU utilisation", "Memory of our processes"]
     assert [phase for _, phase in first.phases] == ["rollout", "update"]
     assert all(svg.startswith("<svg") for _, svg in first.charts)
+
+
+def test_phases_end_where_nobody_ran() -> None:
+    seconds = np.array([0.0, 1, 2, 3, 4, 1000, 1001, 1002])
+    phases = ["data", "update", "update", "after update", "update", "update", "update", "save_exposed"]
+    assert _phase_spans(seconds, phases) == [
+        (0.0, 1.0, "data"),
+        (1.0, 3.0, "update"),
+        (4.0, 4.0, "update"),
+        (1000.0, 1002.0, "update"),
+        (1002.0, 1002.0, "save_exposed"),
+    ]
 
 
 def test_torn_and_strange_lines_are_left_out(tmp_path: Path) -> None:
