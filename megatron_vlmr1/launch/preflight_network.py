@@ -74,8 +74,9 @@ def in_nodes(nodes: Sequence[Sequence[int]]) -> list[float]:
 def between_nodes(names: Sequence[str], nodes: Sequence[Sequence[int]], every: bool) -> list[Pair]:
     """Let pairs of nodes exchange messages, disjoint pairs at once; all ranks call it, and all get the pairs.
 
-    In a pair each rank exchanges with the rank of its place on the other node: both send, receive and add, which is
-    an all-reduce of two. All of a node's network cards are busy at once.
+    In a pair each rank exchanges with the rank of its place on the other node, both ways at once, which is what an
+    all-reduce of the two sends between them; what came is compared with what was sent. All of a node's network cards
+    are busy at once.
 
     Args:
         names: of the nodes.
