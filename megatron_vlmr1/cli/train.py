@@ -97,6 +97,7 @@ def _be_a_rank(cfg: Config, retry: bool, allow_config_change: bool) -> int:
     from megatron_vlmr1.runtime import device
 
     device.prepare_megatron()  # before megatron-core is imported
+    from megatron_vlmr1.launch.preflight import preflight
     from megatron_vlmr1.parallel.job import joined
     from megatron_vlmr1.runtime.watchdog import Watchdog
     from megatron_vlmr1.train import grpo, sft
@@ -107,6 +108,7 @@ def _be_a_rank(cfg: Config, retry: bool, allow_config_change: bool) -> int:
         try:
             _check_crash_loop(log_dir, retry)
             with Watchdog(log_dir, mesh.rank, mesh.world, cfg.parallel.timeout_s):
+                preflight(cfg, log_dir)
                 done = train(cfg, mesh, stop, allow_config_change)
         except RunStopped as stopped:
             if mesh.rank == 0:

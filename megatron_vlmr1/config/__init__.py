@@ -15,6 +15,7 @@ from megatron_vlmr1.config.settings import (
     RolloutConfig,
     decoding_layout,
 )
+from megatron_vlmr1.config.telemetry import LaunchConfig, TelemetryConfig
 from megatron_vlmr1.config.train import KeepBestConfig, TrainConfig
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "EvaluateConfig",
     "GrpoConfig",
     "KeepBestConfig",
+    "LaunchConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "RewardsConfig",
     "RolloutConfig",
     "SourceConfig",
+    "TelemetryConfig",
     "TrainConfig",
     "decoding_layout",
     "dump",

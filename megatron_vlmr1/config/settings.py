@@ -1,4 +1,4 @@
-"""Every setting, validated. A default lives here, or in `data` and `train` for those sections.
+"""Every setting, validated. A default lives here, or in `data`, `train` and `telemetry`.
 
 A run is described by one YAML file and dotted overrides (``train.steps=5``). Unknown keys are errors that name
 the nearest known key. String literals below a field document it.
@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from megatron_vlmr1.config.data import DataConfig
 from megatron_vlmr1.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from megatron_vlmr1.config.telemetry import LaunchConfig, TelemetryConfig
 from megatron_vlmr1.config.train import TrainConfig
 
 
@@ -264,13 +265,6 @@ class EvaluateConfig(Section):
     """Besides greedy answers, sample one at the rollout's temperature for reward_mean."""
 
 
-class TelemetryConfig(Section):
-    """Where numbers go besides the run directory."""
-
-    wandb_project: str | None = None
-    """Log metrics to this Weights & Biases project too, which needs the extra `wandb`; steps never wait for it."""
-
-
 class DebugConfig(Section):
     """Half a GRPO step at a time: generate without training, train without generating."""
 
@@ -306,6 +300,7 @@ class Config(Section):
     rewards: RewardsConfig = RewardsConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    launch: LaunchConfig = LaunchConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     debug: DebugConfig = DebugConfig()
 

@@ -121,12 +121,12 @@ def phase_chart(rows: MetricRows) -> tuple[str, list[Phase]] | None:
     total = sum(float(column.mean()) for column in table.values())
     legend = [Phase(n, colours[n], float(table[n].mean()), float(table[n].mean()) / total) for n in names]
     edges, columns = _binned_edges([step for step, _ in timed], [table[name] for name in names])
-    figure, axes = _figure(10.2, 2.5)
+    figure, axes = new_figure(10.2, 2.5)
     tall = [np.append(column, column[-1]) for column in columns]
     axes.stackplot(edges, tall, colors=[colours[name] for name in names], step="post", linewidth=0)
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(bottom=0)
-    return _svg(figure), legend
+    return svg_text(figure), legend
 
 
 def _phases(values: Mapping[str, float]) -> dict[str, float]:
@@ -142,7 +142,7 @@ def _single(title: str, note: str, series: Series) -> Chart:
 
 
 def _lines(series: Sequence[tuple[Series, str]], dots: bool = False) -> str:
-    figure, axes = _figure(3.5, 1.65)
+    figure, axes = new_figure(3.5, 1.65)
     for (steps, values), colour in series:
         x, y = _thin(steps, values)
         if dots or len(y) < SMOOTHED_FROM:
@@ -156,7 +156,7 @@ def _lines(series: Sequence[tuple[Series, str]], dots: bool = False) -> str:
     every_step = {step for (steps, _), _ in series for step in steps}
     if len(every_step) == 1:
         axes.set_xticks(sorted(every_step))
-    return _svg(figure)
+    return svg_text(figure)
 
 
 def _thin(steps: Sequence[int], values: Sequence[float]) -> tuple[Floats, Floats]:
@@ -182,8 +182,8 @@ def _binned_edges(steps: Sequence[int], columns: Sequence[Floats], bins: int = 1
     return edges, [np.array([column[chunk].mean() for chunk in chunks]) for column in columns]
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """An empty chart of so many inches, in the page's style."""
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
+    """Return an empty chart of so many inches, in the page's style."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -203,8 +203,8 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
-    """The figure as an <svg> element whose text takes the page's font."""
+def svg_text(figure: Any) -> str:
+    """Return the figure as an <svg> element whose text takes the page's font."""
     import matplotlib
 
     buffer = io.StringIO()

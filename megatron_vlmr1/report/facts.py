@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vlmr1.report.curves import Series, series_of
-from megatron_vlmr1.report.run import EVALUATIONS, Answer, Run, number
+from megatron_vlmr1.report.numbers import number
+from megatron_vlmr1.report.run import EVALUATIONS, Answer, Run
 from megatron_vlmr1.telemetry.console import duration
 from megatron_vlmr1.telemetry.timers import PHASES
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
 
 
@@ -23,3 +26,12 @@ def short(value: float, digits: int = 3) -> str:
 def tick(value: float) -> str:
     """Return an axis label: exact, but for large numbers, which take a unit letter."""
     return short(value) if abs(value) >= 1e4 else f"{value:.6g}".replace("e-0", "e-")
+
+
+def number(value: Any) -> float | None:
+    """Return a finite float, or None for anything else."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return result if math.isfinite(result) else None

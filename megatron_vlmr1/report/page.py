@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from megatron_vlmr1.report import curves, facts
+from megatron_vlmr1.report.machines import machines
 from megatron_vlmr1.report.numbers import short
 from megatron_vlmr1.report.pictures import build_grid, split_think
 from megatron_vlmr1.report.run import load_run
@@ -27,6 +28,7 @@ def build(run_dir: str | Path) -> Path:
     """
     run = load_run(run_dir)
     splits, measures, notes = facts.comparison(run)
+    nodes, node_count = machines(run.path)
     page = (
         _environment()
         .get_template("page.html.j2")
@@ -41,6 +43,8 @@ def build(run_dir: str | Path) -> Path:
             further=curves.further_charts(run.metrics),
             phases=curves.phase_chart(run.metrics),
             seconds=facts.seconds(run),
+            nodes=nodes,
+            node_count=node_count,
             grid=build_grid(run.path, run.evaluations),
             samples=run.samples,
             setup=facts.setup(run),

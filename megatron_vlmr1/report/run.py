@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from megatron_vlmr1.report.numbers import number
 from megatron_vlmr1.rewards import answers
 from megatron_vlmr1.rewards.boxes import Box
 from megatron_vlmr1.telemetry.metrics import MetricRows, read_metrics
@@ -137,15 +137,6 @@ def _evaluations(folder: Path) -> dict[str, dict[str, tuple[Answer, ...]]]:
             split = file.stem.removeprefix(f"{label}_")
             found.setdefault(split, {})[label] = tuple(_answer(row) for row in _rows(file))
     return dict(sorted(found.items(), key=lambda item: (item[0] != "heldout", item[0])))
-
-
-def number(value: Any) -> float | None:
-    """Return a finite float, or None for anything else."""
-    try:
-        result = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return result if math.isfinite(result) else None
 
 
 def _answer(row: Mapping[str, Any]) -> Answer:

@@ -53,6 +53,11 @@ def name() -> str | None:
     return torch.cuda.get_device_name() if has_cuda() else None
 
 
+def uuid() -> str | None:
+    """Return the name by which NVML knows this process's GPU; None on a CPU."""
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}" if has_cuda() else None
+
+
 def prepare_megatron() -> None:
     """Make megatron-core usable on this machine. Idempotent; does nothing where there is CUDA."""
     global _prepared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 
 
@@ -24,3 +25,14 @@ def identity() -> Identity | None:
     if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return Identity(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", "0")))
     return None
+
+
+def node_name() -> str:
+    """Return this node's name as SLURM knows it, else its host name: several SLURM nodes may be one host."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def leads_node() -> bool:
+    """Whether this process is its node's first rank, or no rank at all."""
+    me = identity()
+    return me is None or me.local_rank == 0

@@ -1,4 +1,4 @@
-"""Numbers of a run: ``metrics.jsonl``, TensorBoard, Weights & Biases."""
+"""Numbers of a run: ``metrics.jsonl``, TensorBoard, Weights & Biases, Prometheus."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from megatron_vlmr1.telemetry.events import ScalarEvents
 from megatron_vlmr1.telemetry.files import json_line, write_atomic
 from megatron_vlmr1.telemetry.lines import LineFile
+from megatron_vlmr1.telemetry.prometheus import PrometheusEndpoint
 from megatron_vlmr1.telemetry.wandb_sink import WandbSink
 
 log = logging.getLogger(__name__)
@@ -27,10 +28,12 @@ class MetricsWriter:
     not in the file when a step was written, ``telemetry/lost_points`` the steps that the others did not get.
     """
 
-    def __init__(self, run_dir: str | Path, wandb: WandbSink | None = None) -> None:
+    def __init__(
+        self, run_dir: str | Path, wandb: WandbSink | None = None, prometheus: PrometheusEndpoint | None = None
+    ) -> None:
         self._run_dir = Path(run_dir)
         self._lines = LineFile(self._run_dir / "metrics.jsonl")
-        self._wandb = wandb
+        self._wandb, self._prometheus = wandb, prometheus
         self._events: ScalarEvents | None = None
         self._lost = 0
         self._failing = self._given_up = False  # TensorBoard
@@ -50,6 +53,8 @@ class MetricsWriter:
             self._write_events(step, values)
         if self._wandb is not None:
             self._wandb.write(step, values)
+        if self._prometheus is not None:
+            self._prometheus.write(step, values)
 
     def truncate_after(self, step: int) -> None:
         """Drop what was written of `step` and later, and torn lines: for a run that resumes at `step`.
@@ -67,8 +72,10 @@ class MetricsWriter:
             write_atomic(path, b"".join(line if line.endswith(b"\n") else line + b"\n" for line in kept))
 
     def close(self) -> None:
-        """Write what still waits, and end the W&B run."""
+        """Write what still waits, stop serving, and end the W&B run."""
         self._lines.flush()
+        if self._prometheus is not None:
+            self._prometheus.close()
         if self._wandb is not None:
             self._wandb.close()
 

@@ -11,7 +11,7 @@ from megatron_vlmr1.config import Config
 logger = logging.getLogger(__name__)
 
 # What may differ without asking: it does not change what a step computes.
-_FREE_SECTIONS = ("parallel.", "recompute.", "evaluate.", "data.evaluate.", "train.keep_best.", "telemetry.")
+_FREE_SECTIONS = ("parallel.", "recompute.", "evaluate.", "data.evaluate.", "train.keep_best.", "launch.", "telemetry.")
 _FREE_KEYS = {
     "run_dir",
     "rollout.max_cache_tokens",

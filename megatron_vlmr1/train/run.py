@@ -34,11 +34,12 @@ from megatron_vlmr1.rollout.actor import Actor
 from megatron_vlmr1.runtime import device, distributed, lock
 from megatron_vlmr1.runtime.signals import StopFlag
 from megatron_vlmr1.runtime.time_limit import TimeLimit
-from megatron_vlmr1.telemetry import console, nvml
+from megatron_vlmr1.telemetry import console
 from megatron_vlmr1.telemetry.files import write_or_warn
 from megatron_vlmr1.telemetry.flops import peak_flops, utilisation
 from megatron_vlmr1.telemetry.metrics import MetricsWriter
 from megatron_vlmr1.telemetry.progress import here
+from megatron_vlmr1.telemetry.prometheus import PrometheusEndpoint
 from megatron_vlmr1.telemetry.spikes import Spikes
 from megatron_vlmr1.telemetry.timers import PhaseTimers
 from megatron_vlmr1.telemetry.wandb_sink import WandbSink
@@ -46,6 +47,7 @@ from megatron_vlmr1.train import loader
 from megatron_vlmr1.train.check import check_shares
 from megatron_vlmr1.train.checkpoints import Checkpoints
 from megatron_vlmr1.train.stragglers import Stragglers
+from megatron_vlmr1.train.watch import Watch
 
 
 class Run:
@@ -101,13 +103,15 @@ class Run:
             judges(cfg.rewards, cfg.task, mesh, asks, self.log_dir, timeout_s, family, serve)
         )
         self.timers = PhaseTimers(torch.cuda.synchronize if torch.cuda.is_available() else None)
-        self.metrics = MetricsWriter(self.run_dir, self._wandb()) if mesh.rank == 0 else None
+        self.watch = Watch(cfg, mesh.rank, self.timers, stack)
+        self.metrics = MetricsWriter(self.run_dir, self._wandb(), self._prometheus()) if mesh.rank == 0 else None
         if self.metrics is not None:
             stack.callback(self.metrics.close)
             self.metrics.truncate_after(self.step)
             write_or_warn(self.run_dir / "config.yaml", config.dump(cfg).encode())
         here.begin(self.step)
         self.limit.ready()
+        self.watch.begin(self.step)
         self._started = time.perf_counter()
 
     def _tell_step(
@@ -138,6 +142,12 @@ class Run:
         project = self.cfg.telemetry.wandb_project
         return WandbSink(project, self.run_dir, self.cfg.model_dump(mode="json")) if project else None
 
+    def _prometheus(self) -> PrometheusEndpoint | None:
+        at = self.cfg.telemetry
+        if at.prometheus_port is None:
+            return None
+        return PrometheusEndpoint(at.prometheus_host, at.prometheus_port, self.run_dir.name)
+
     @property
     def replays(self) -> bool:
         """Whether completions and scores come from a saved rollout."""
@@ -163,7 +173,7 @@ class Run:
         now = time.perf_counter()
         metrics |= self.timers.take() | {"perf/step_s": now - self._started, "data/consumed": self.feed.consumed}
         metrics |= self.stragglers.compare(metrics, here.take_waits(), metrics["perf/step_s"])
-        metrics |= self._rates(metrics) | nvml.device_metrics()
+        metrics |= self._rates(metrics) | self.watch.end(step)
         metrics["checkpoint/save_failures"] = self.checkpoints.failures
         metrics |= self.spikes.flags(step, metrics)
         self._started = now
@@ -177,6 +187,8 @@ class Run:
                 self.checkpoints.poll()
                 if save:
                     self._save(metrics, last, wait=last or stopping)
+        if not (last or stopping):
+            self.watch.begin(self.step)
         return stopping and not last
 
     def _should_stop(self) -> bool:

@@ -20,6 +20,7 @@ from tools.bench import (
     rewards,
     rollout,
     stream,
+    telemetry,
     tiny,
     update,
 )
@@ -83,9 +84,15 @@ def test_cases_are_chosen_by_name():
     args = common.parser("test", rollout.CASES).parse_args(["--case", "flat", "--case", "tail"])
     assert common.chosen(args, rollout.CASES) == ["tail", "flat"]
     assert common.chosen(common.parser("test", ("a",)).parse_args([]), ("a", "b")) == ["a", "b"]
-    assert set(replica_check.CASES) == {"step", "checksum"}
+    assert set(replica_check.CASES) == {"step", "checksum"} and set(telemetry.CASES) == {"step", "cpu"}
     assert set(logprobs.CASES) == {"memory", "time"}
     assert set(grpo_step.BETAS) == {"beta0", "beta0.04"} == set(update.CASES) - {"one_tower", "frozen"}
+
+
+def test_the_interval_of_a_median_ratio():
+    assert telemetry.interval([[2.0, 2.0]] * 9) == "1.0000 to 1.0000"
+    low, high = map(float, telemetry.interval([[1.0, 1 + i / 100] for i in range(-10, 11)]).split(" to "))
+    assert 0.9 < low < 0.99 and 1.01 < high < 1.1
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -11,7 +11,6 @@ import sys
 
 import pytest
 
-from megatron_vlmr1.telemetry import nvml
 from megatron_vlmr1.telemetry.console import console_line, duration, print_line
 from megatron_vlmr1.telemetry.metrics import MetricsWriter, read_metrics
 from megatron_vlmr1.telemetry.samples import write_samples
@@ -130,62 +129,6 @@ def test_console_line(capsys):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
-
-
-class FakeNvml:
-    """Two devices, of which the second knows no power and has a fallen-off sibling."""
-
-    NVML_TEMPERATURE_GPU = 0
-
-    class NVMLError(Exception):
-        pass
-
-    class NVMLError_NotSupported(NVMLError):  # noqa: N801 - the library's name
-        pass
-
-    class Reading:
-        def __init__(self, index):
-            self.gpu, self.used = 40 + 20 * index, 1000 * (index + 1)
-
-    def nvmlDeviceGetCount(self):
-        return 3
-
-    def nvmlDeviceGetHandleByIndex(self, index):
-        if index == 2:
-            raise self.NVMLError
-        return index
-
-    def nvmlDeviceGetUtilizationRates(self, device):
-        return self.Reading(device)
-
-    nvmlDeviceGetMemoryInfo = nvmlDeviceGetUtilizationRates
-
-    def nvmlDeviceGetPowerUsage(self, device):
-        if device == 1:
-            raise self.NVMLError_NotSupported
-        return 350_000
-
-    def nvmlDeviceGetTemperature(self, device, sensor):
-        return 50 + device
-
-
-def test_device_readings(monkeypatch):
-    monkeypatch.setattr(nvml, "_nvml", FakeNvml)
-    assert nvml.read_devices() == [
-        {"util": 40, "mem_bytes": 1000, "power_w": 350, "temp_c": 50},
-        {"util": 60, "mem_bytes": 2000, "temp_c": 51},
-    ]
-    metrics = nvml.device_metrics()
-    assert metrics.pop("host/rss_bytes") > 1e6
-    assert metrics == {"gpu/util": 50, "gpu/mem_bytes": 2000, "gpu/power_w": 350, "gpu/temp_c": 51}
-
-
-def test_no_devices_without_nvml(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    nvml._nvml.cache_clear()
-    assert nvml.read_devices() == [] and set(nvml.device_metrics()) == {"host/rss_bytes"}
-    assert not caplog.records
-    nvml._nvml.cache_clear()
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +136,49 @@ def test_wandbs_own_process_does_not_outlive_the_sink(
     with subprocess.Popen([sleeper, "600"]) as service:
         WandbSink("mine", tmp_path, {}).close()  # it never came to begin
         assert service.wait(10) == -signal.SIGKILL
+
+
+def test_a_run_without_a_network_is_read_back(tmp_path: Path) -> None:
+    """The package itself, offline, in a process of its own: what it keeps for `wandb sync` holds every step."""
+    pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
+    from wandb.proto import wandb_internal_pb2
+
+    code = (
+        "import sys; from pathlib import Path; from megatron_vlmr1.telemetry.metrics import MetricsWriter\n"
+        "from megatron_vlmr1.telemetry.wandb_sink import WandbSink\n"
+        "writer = MetricsWriter(sys.argv[1], WandbSink('mine', Path(sys.argv[1]), {'seed': 3}))\n"
+        "for step in range(4): writer.write(step, {'reward/mean': step / 2})\n"
+        "writer.close()\n"
+    )
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)}
+    run = tmp_path / "run"
+    run.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code, run], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    parsed = [wandb_internal_pb2.Record.FromString(data) for data in log_records(file.read_bytes())]
+    (begun,) = [record.run for record in parsed if record.WhichOneof("record_type") == "run"]
+    assert (begun.project, begun.run_id) == ("mine", (run / "wandb_id").read_text())
+    assert {item.key: item.value_json for item in begun.config.update}["seed"] == "3"
+    rows = [record.history.item for record in parsed if record.WhichOneof("record_type") == "history"]
+    points = [{"/".join(item.nested_key) or item.key: item.value_json for item in row} for row in rows]
+    assert [(int(row["_step"]), float(row["reward/mean"])) for row in points] == [(s, s / 2) for s in range(4)]
+
+
+def log_records(data: bytes) -> Iterator[bytes]:
+    """Records of LevelDB's log format behind W&B's header of 7 bytes: blocks of 32 KiB, records cut into pieces."""
+    assert data[:4] == b":W&B"
+    at, whole = 7, b""
+    while at < len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            yield whole
+            whole = b""
