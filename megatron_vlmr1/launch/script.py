@@ -106,9 +106,8 @@ def _options(request: Request) -> list[str]:
         f"--nodes={request.nodes}",
         f"--ntasks-per-node={cluster.ranks_per_node}",
         f"--cpus-per-task={cluster.cpus_per_task}",
+        *_gpus(cluster),
     ]
-    if cluster.gpus_per_node:
-        words.append(f"--gres={':'.join(filter(None, ['gpu', cluster.gpu_type, str(cluster.gpus_per_node)]))}")
     if cluster.memory is not None:
         words.append(f"--mem={cluster.memory}")
     if exclude := sorted({*cluster.exclude, *bad_nodes(request.run_dir)}):
@@ -142,7 +141,6 @@ def _task_options(request: Request) -> list[str]:
     part = ["--het-group=0"] if request.rewards_nodes else []
     # Each rank sees all GPUs of its node and takes the one of its local rank: with one visible to each, as --gpu-bind
     # and --gpus-per-task have it, NCCL could not reach its neighbours' memory.
-    gpus = ["--gpu-bind=none"] if cluster.gpus_per_node else []
     return [
         *part,
         f"--nodes={request.nodes}",
@@ -150,8 +148,13 @@ def _task_options(request: Request) -> list[str]:
         f"--ntasks-per-node={cluster.ranks_per_node}",
         f"--cpus-per-task={cluster.cpus_per_task}",
         f"--cpu-bind={cluster.cpu_bind}",
-        *gpus,
+        *_gpus(cluster),
     ]
+
+
+def _gpus(cluster: Cluster) -> list[str]:
+    kind = ["gpu", *filter(None, [cluster.gpu_type]), str(cluster.gpus_per_node)]
+    return [f"--gres={':'.join(kind)}"] if cluster.gpus_per_node else []
 
 
 def _service(request: Request) -> dict[str, Any]:
