@@ -44,7 +44,7 @@ new_attempt() {
 kill_the_rest() {
     until grep ': tasks\?[ :]' "$VLMR1_LOG_DIR/srun.log" 2>/dev/null | grep -qvE 'code (2|17|85)$'; do sleep 1; done
     sleep 5
-    scancel --signal=KILL "$SLURM_JOB_ID.0" 2>/dev/null
+    squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | grep -E '\.[0-9]+$' | xargs -r scancel --signal=KILL 2>/dev/null
 }
 
 # conclude STATUS: decides by outcome.json what follows srun, whose status says too little: 143 once one rank has left.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.launch import slurm, snapshot
-from megatron_vlmr1.launch.cluster import time_text
+from megatron_vlmr1.launch.cluster import check_warning, time_text
 from megatron_vlmr1.launch.script import BAD_NODES, Request, bad_nodes, render
 from megatron_vlmr1.runtime import lock
 from megatron_vlmr1.train.check import check_data, check_inputs
@@ -69,7 +69,7 @@ def check(request: Request) -> None:
         raise ValueError("rewards.address names a service already: leave it out, or --rewards-nodes")
     if request.time is not None:
         try:
-            time_text(request.time)
+            check_warning(time_text(request.time), request.cluster.signal_s)
         except ValueError as error:
             raise ValueError(f"--time {error}") from error
     check_inputs(request.cfg, request.world)

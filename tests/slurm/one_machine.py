@@ -50,8 +50,8 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0,sched_min_interval=0,requeue_delay=1
 ReturnToService=2
 SlurmctldTimeout=10
-SlurmdTimeout=10
-KillWait=5
+SlurmdTimeout=20
+KillWait=30
 OverTimeLimit=0
 InactiveLimit=0
 MinJobAge=600

@@ -93,6 +93,18 @@ def test_a_chain_goes_on_after_a_crash_and_ends_with_what_stopped_itself(runs: R
     assert run.attempts() == 3, "a new submission starts whatever came before"
 
 
+def test_ranks_that_would_wait_for_a_dead_one_are_killed_soon(runs: Runs) -> None:
+    act = (
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"  # as ranks do, which save when they are asked to stop
+        "rank == 1 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "while True: time.sleep(1)"
+    )
+    run = runs.stand_in("waiting", act)
+    run.until(lambda: (run.attempt(0) / "rank_1.log").exists() and run.said(0)[1:], "rank 1")
+    assert run.until(lambda: run.state() == "FAILED", "the job's failure", 25) < 10
+    assert run.outcome(0)["reason"] == "rank 1 on n2 was killed (Killed)"
+
+
 def test_a_cancelled_job_stays_cancelled_although_it_saved(runs: Runs) -> None:
     act = (
         'signal.signal(signal.SIGTERM, lambda *_: outcome("saved", 85))\n'
