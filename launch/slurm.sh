@@ -2,6 +2,8 @@
 # directory is $RUN_DIR, its code and config are in $SNAPSHOT, its attempt's logs in $VLMR1_LOG_DIR.
 # shellcheck shell=bash
 
+unset RANK WORLD_SIZE LOCAL_RANK VLMR1_INIT_METHOD # whoever submitted may have been a rank, too
+
 say() { echo "vlmr1: $*"; }
 
 # fact NAME: what SLURM has under that name about this job.
@@ -40,11 +42,20 @@ new_attempt() {
     mkdir "$path" && ln -sfn "${path##*/}" "$logs/latest" && echo "$SNAPSHOT" >"$path/snapshot" && echo "$path"
 }
 
-# Kills what is left five seconds after a rank has crashed: SLURM would give it KillWait, half a minute or more.
-kill_the_rest() {
+# Kills what is left five seconds after a rank has crashed. SLURM sends SIGTERM, on which ranks save, and KILL only after
+# KillWait, half a minute or more, with every other signal kept back meanwhile: so a step of our own does it.
+end_the_rest() {
     until grep ': tasks\?[ :]' "$VLMR1_LOG_DIR/srun.log" 2>/dev/null | grep -qvE 'code (2|17|85)$'; do sleep 1; done
     sleep 5
-    squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | grep -E '\.[0-9]+$' | xargs -r scancel --signal=KILL 2>/dev/null
+    # shellcheck disable=SC2016 # each node's own shell expands it
+    on_each_node bash -c 'ours=$(grep -lz "^VLMR1_RANKS=$SLURM_JOB_ID$" /proc/[0-9]*/environ 2>/dev/null)
+        grep -lz "^SLURM_STEP_ID=" $ours | cut -d / -f 3 | xargs -r kill -KILL' &>/dev/null
+}
+
+# Runs a command once on each node, beside the ranks.
+on_each_node() {
+    srun --overlap --gres=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+        --cpus-per-task=1 "$@"
 }
 
 # conclude STATUS: decides by outcome.json what follows srun, whose status says too little: 143 once one rank has left.
@@ -61,14 +72,15 @@ conclude() {
 
 # Gives the job back to the queue; without the nodes that it found bad, which the run remembers.
 requeue() {
-    local bad former
+    local bad former tries=0
     bad=$(grep -xE '[A-Za-z0-9_.-]+' "$VLMR1_LOG_DIR/bad_nodes" 2>/dev/null | sort -u | paste -sd ,)
     [ -n "$bad" ] || exec scontrol requeue "$SLURM_JOB_ID"
     say "without $bad from now on"
     tr , '\n' <<<"$bad" >>"$RUN_DIR/bad_nodes"
     former=$(fact ExcNodeList | sed 's/(null)//')
+    trap '' TERM # which comes at once when the job is requeued, to scontrol, too
     scontrol requeuehold "$SLURM_JOB_ID" # what is excluded can be changed only while a job is pending
-    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad${former:+,$former}"
+    until scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad${former:+,$former}" || ((++tries == 10)); do sleep 1; done
     exec scontrol release "$SLURM_JOB_ID"
 }
 

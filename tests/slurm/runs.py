@@ -35,15 +35,18 @@ from megatron_vlmr1.runtime.attempts import write_outcome
 from megatron_vlmr1.runtime.ranks import identity
 import megatron_vlmr1
 me, log_dir = identity(), Path(os.environ["VLMR1_LOG_DIR"])
-rank = me.rank if me else 0
+rank = me.rank
 node = os.environ["SLURMD_NODENAME"]
 devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-told = {{"rank": rank, "world": me.world if me else 1, "node": node, "package": megatron_vlmr1.__file__,
+told = {{"rank": rank, "world": me.world, "node": node, "package": megatron_vlmr1.__file__,
         "cwd": os.getcwd(), "words": sys.argv[1:], "extra": os.environ.get("EXTRA"),
-        "gpu": devices[me.local_rank if me else 0], "visible": len(devices)}}
+        "gpu": devices[me.local_rank], "visible": len(devices)}}
 print(json.dumps(told), flush=True)
+(log_dir / f"here_{{rank}}").touch()
 def outcome(reason, code):
     if rank == 0:
+        while len(list(log_dir.glob("here_*"))) < me.world:
+            time.sleep(0.05)
         write_outcome(log_dir, reason, code, None)
     while not (log_dir / "outcome.json").exists():
         time.sleep(0.05)

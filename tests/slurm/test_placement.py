@@ -33,6 +33,12 @@ def test_sixteen_ranks_on_two_nodes_have_a_gpu_each(runs: Runs) -> None:
     assert {who["visible"] for who in said} == {8}, "NCCL reaches its neighbours on the node"
 
 
+def test_one_rank_is_a_job_too(runs: Runs) -> None:
+    run = runs.stand_in("one", DONE, nodes=1)
+    assert run.end() == "COMPLETED", run.log
+    assert [(who["rank"], who["world"], who["node"]) for who in run.said()] == [(0, 1, "n1")]
+
+
 def test_what_slurm_refuses_is_told_and_leaves_nothing(runs: Runs) -> None:
     with pytest.raises(ValueError, match="sbatch: .*Requested node configuration is not available"):
         runs.stand_in("many", DONE, {"train": {"prompts_per_step": 18}, "data": {"lanes": 18}}, gpus_per_node=9)
@@ -96,11 +102,13 @@ def test_a_chain_goes_on_after_a_crash_and_ends_with_what_stopped_itself(runs: R
 def test_ranks_that_would_wait_for_a_dead_one_are_killed_soon(runs: Runs) -> None:
     act = (
         "signal.signal(signal.SIGTERM, lambda *_: None)\n"  # as ranks do, which save when they are asked to stop
+        "while len(list(log_dir.glob('here_*'))) < 2: time.sleep(0.05)\n"
+        '(log_dir / f"ready_{rank}").touch()\n'
         "rank == 1 and os.kill(os.getpid(), signal.SIGKILL)\n"
         "while True: time.sleep(1)"
     )
     run = runs.stand_in("waiting", act)
-    run.until(lambda: (run.attempt(0) / "rank_1.log").exists() and run.said(0)[1:], "rank 1")
+    run.until((run.attempt(0) / "ready_1").exists, "both ranks")
     assert run.until(lambda: run.state() == "FAILED", "the job's failure", 25) < 10
     assert run.outcome(0)["reason"] == "rank 1 on n2 was killed (Killed)"
 

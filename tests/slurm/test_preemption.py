@@ -42,18 +42,18 @@ def test_preempted_it_saves_is_requeued_and_ends_as_if_nothing_had_been(runs: Ru
 
 
 def test_before_its_time_limit_the_same(runs: Runs) -> None:
-    run = runs.submit("limited", signal_s=540)  # 9 of 10 minutes before the end
+    run = runs.submit("limited", signal_s=540, time="60")  # 9 minutes before the end, which comes nearer below
     run.until(lambda: run.steps() >= 1, "a step")
     pids = run.pids(0)
     for pid in pids.values():  # or the run would be over before SLURM looks, every half minute
         os.kill(pid, signal.SIGSTOP)
-    scontrol("update", f"JobId={run.jobs[0]}", "TimeLimit=5")
+    scontrol("update", f"JobId={run.jobs[0]}", "TimeLimit=9")
     run.until(lambda: any(pending(pid, signal.SIGUSR1) for pid in pids.values()), "SLURM's signal", 55)
     for pid in pids.values():
         with suppress(ProcessLookupError):  # SLURM has let it go on, and it has left
             os.kill(pid, signal.SIGCONT)
     run.until(lambda: run.state() == "PENDING", "requeueing")
-    scontrol("update", f"JobId={run.jobs[0]}", "TimeLimit=30")
+    scontrol("update", f"JobId={run.jobs[0]}", "TimeLimit=60")
     assert run.end() == "COMPLETED", run.log
     assert run.outcome(0)["code"] == 85 and "on SIGUSR1" in run.outcome(0)["reason"], "not the ranks' own limit"
     assert run.attempts() == 2 and run.outcome(1)["code"] == 0

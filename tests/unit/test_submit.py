@@ -20,6 +20,7 @@ from megatron_vlmr1.launch import cluster, slurm, snapshot
 from megatron_vlmr1.launch.cluster import Cluster
 from megatron_vlmr1.launch.script import Request, render
 from megatron_vlmr1.launch.submit import script, submit
+from megatron_vlmr1.runtime.ranks import Identity, identity
 from tests import jobs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +54,7 @@ def commands(text: str) -> list[list[str]]:
             "SLURM_JOB_END_TIME=0",
             "srun() { printf '%s\\0' srun \"$@\" '' >&3; }",
             "end_if_over() { :; }; goes_on() { false; }; new_attempt() { echo LOGS; }; say() { :; }",
-            'address() { echo "$1.example"; }; fact() { :; }; kill_the_rest() { :; }; conclude() { :; }',
+            'address() { echo "$1.example"; }; fact() { :; }; end_the_rest() { :; }; conclude() { :; }',
             "scontrol() { echo c1; }",
         ]
     )
@@ -372,3 +373,24 @@ def test_local_sh(tmp_path: Path) -> None:
     fake(tmp_path, "nvidia-smi", "exit 9")
     said = subprocess.run(run, env=env, capture_output=True, text=True, check=True).stdout
     assert said == "-m|megatron_vlmr1.cli|train|c.yaml|a.b=c d|"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_PROCID": "0"}, None),  # the batch script
+        ({"SLURM_PROCID": "0", "VLMR1_LOG_DIR": "x"}, None),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),  # a shell under srun
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "VLMR1_LOG_DIR": "x"}, Identity(0, 1, 0)),
+        ({"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1"}, Identity(9, 16, 1)),
+    ],
+)
+def test_who_is_a_rank_under_slurm(
+    variables: dict[str, str], expected: Identity | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")] + ["RANK", "VLMR1_LOG_DIR"]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert identity() == expected
