@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch/quickstart.sh and tests/run.sh.
 
 # vlmr1_install EXTRA[,EXTRA]: installs this checkout with the extras into the active virtual environment, or else into
@@ -23,7 +24,7 @@ vlmr1_install() {
     fi
     echo "[install] megatron-vlmr1[$extras] into $VIRTUAL_ENV (a minute or two, 1.5 GB)" >&2
     started=$SECONDS
-    PIP_DISABLE_PIP_VERSION_CHECK=1 python -m pip install -q -c "$constraints" -e "$root[$extras]" || return
+    PIP_DISABLE_PIP_VERSION_CHECK=1 python -m pip install -q -c "$constraints" -e "${root}[$extras]" || return
     echo "$state" >"$stamp"
     echo "[install] done in $((SECONDS - started)) s" >&2
 }

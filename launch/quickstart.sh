@@ -4,6 +4,7 @@
 set -euo pipefail
 started=$(date +%s)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/install.sh
 . launch/install.sh
 vlmr1_install demo
 export CUDA_VISIBLE_DEVICES=""  # two ranks on the CPU, also where there is a GPU

@@ -19,7 +19,19 @@ from megatron_vlmr1 import __version__, errors
 from megatron_vlmr1.cli.common import configure_logging
 from megatron_vlmr1.runtime.ranks import identity
 
-VERBS = ("train", "evaluate", "generate", "convert", "shards", "rewards", "report", "scaling", "doctor", "drill")
+VERBS = (
+    "train",
+    "submit",
+    "evaluate",
+    "generate",
+    "convert",
+    "shards",
+    "rewards",
+    "report",
+    "scaling",
+    "doctor",
+    "drill",
+)
 
 _DESCRIPTION = "R1-style reinforcement learning for vision-language models on megatron-core."
 _EPILOG = """\

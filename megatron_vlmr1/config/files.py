@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -110,6 +110,11 @@ def _explain(root: type[Section], loc: tuple[int | str, ...], kind: str, message
         return f"{key}: {message}" if key else message
     section: Any = root
     for part in loc[:-1]:
-        section = SourceConfig if isinstance(part, int) else section.model_fields[part].annotation
+        section = SourceConfig if isinstance(part, int) else _section(section.model_fields[part].annotation)
     near = difflib.get_close_matches(str(loc[-1]), section.model_fields, n=1, cutoff=0.5)
     return f"unknown key {key}" + (f"; did you mean {'.'.join(str(p) for p in (*loc[:-1], near[0]))}?" if near else "")
+
+
+def _section(annotation: Any) -> Any:
+    """The kind of section in `annotation`, which may allow None too."""
+    return next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)

@@ -41,6 +41,20 @@ def time_text(text: object) -> str:
     return text
 
 
+def check_warning(limit: str, signal_s: int) -> None:
+    """Refuse a time limit of which nothing would be left before the signal: each attempt would end in its first step.
+
+    Raises:
+        ValueError: it is not longer.
+    """
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    seconds = 86400 * int(days or 0) + sum(unit * part for unit, part in zip(units, parts, strict=False))
+    if seconds <= signal_s:
+        raise ValueError(f"{limit} is not longer than signal_s={signal_s} before its end, when the run saves and stops")
+
+
 def _mount(text: str) -> str:
     if "," in text or len(text.split(":")) > 2:
         raise ValueError(f"{text!r} is not HOST or HOST:INSIDE; commas and more colons cannot be told to the engine")
@@ -122,6 +136,8 @@ class Cluster(Section):
             raise ValueError(f"environment: {wrong[0]!r} is no name of a variable")
         if wrong := [name for name, value in self.environment.items() if "\0" in value]:
             raise ValueError(f"environment.{wrong[0]} holds a control character")
+        if self.time is not None:
+            check_warning(self.time, self.signal_s)
         return self
 
     @property

@@ -183,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         die_with_parent(args.parent)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # each connection takes one, also a stranger's
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM's warning, for the ranks; inherited by workers
     try:
         settings = PoolSettings(args.workers, args.deadline_s, args.memory_bytes, tuple(args.functions))
         server = Server(args.bind, settings, args.parent, args.keys)

@@ -21,9 +21,11 @@ def identity() -> Identity | None:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return Identity(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")))
-    # Only srun sets the step's variables; the batch script itself is no rank.
-    if "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return Identity(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", "0")))
+    # Only srun sets the step's variables; the batch script itself is no rank. One task may be somebody's shell, but not
+    # where our batch script has said where the logs go.
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", "0"))
+    if "SLURM_PROCID" in env and (tasks > 1 or (tasks == 1 and "VLMR1_LOG_DIR" in env)):
+        return Identity(int(env["SLURM_PROCID"]), tasks, int(env.get("SLURM_LOCALID", "0")))
     return None
 
 

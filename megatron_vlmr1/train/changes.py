@@ -18,6 +18,8 @@ _FREE_KEYS = {
     "rollout.max_prefill_tokens",
     "rollout.tensor_model_parallel_size",
     "rollout.pipeline_model_parallel_size",
+    "rewards.address",
+    "rewards.keys",
     "rewards.workers",
     "rewards.deadline_s",
     "train.steps",

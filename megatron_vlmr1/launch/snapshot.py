@@ -1,0 +1,79 @@
+"""What a job runs, frozen at its submission: ``run_dir/snapshots/K`` with code, config, script and facts."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import megatron_vlmr1
+
+SCRIPT = "job.sbatch"
+_PACKAGES = ("megatron-core", "torch", "transformers", "transformer-engine")
+_GIT_S = 20.0
+
+
+def next_path(run_dir: Path) -> Path:
+    """Return the directory of the run's next snapshot, which does not exist; K counts from 0."""
+    folder = run_dir / "snapshots"
+    names = (path.name for path in folder.glob("*"))
+    return folder / str(max((int(name) for name in names if name.isdecimal()), default=-1) + 1)
+
+
+def write(path: Path, config: str, script: str, facts: Mapping[str, Any]) -> None:
+    """Write a snapshot: the package as it is now, ``config.yaml``, ``job.sbatch`` and ``facts.json``.
+
+    It has another name until it is whole.
+
+    Raises:
+        OSError: the disk is full, the directory cannot be written, or somebody took the same number just now.
+    """
+    made = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        package = Path(megatron_vlmr1.__file__).parent
+        shutil.copytree(package, made / "code" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+        (made / "config.yaml").write_text(config)
+        (made / SCRIPT).write_text(script)
+        (made / "facts.json").write_text(json.dumps({**_surroundings(package), **facts}, indent=1) + "\n")
+        made.rename(path)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _surroundings(package: Path) -> dict[str, Any]:
+    return {
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "by": getpass.getuser(),
+        "from": platform.node(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "vlmr1": megatron_vlmr1.__version__,
+        "git": _git(package),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(package: Path) -> str | None:
+    """Return the checkout's commit, with "-dirty" where files were changed since; None outside a checkout."""
+    command = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        done = subprocess.run(  # noqa: S603 - a list, and no shell
+            command, capture_output=True, text=True, check=False, timeout=_GIT_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
