@@ -16,7 +16,7 @@ from megatron_vlmr1.plan.activations import FP32, INDEX, Layer, Widths, chunk_ke
 from megatron_vlmr1.plan.counts import Chunk, stage_chunks
 from megatron_vlmr1.plan.generation import Generation
 from megatron_vlmr1.plan.load import Load, MicroBatch, in_flight, largest
-from megatron_vlmr1.plan.parts import Parts, dearest, joined, total
+from megatron_vlmr1.plan.parts import Parts, dearest, joined, present, total
 from megatron_vlmr1.plan.shapes import PlanShape
 from megatron_vlmr1.plan.tower import Tower
 
@@ -119,7 +119,9 @@ class _Rank:
             "save": joined(resident, self._saving(chunks)),
         }
         parameters = sum(chunk.parameters for chunk in chunks)
-        return RankMemory(self.stage, parameters, phases, self._host(chunks))
+        return RankMemory(
+            self.stage, parameters, {p: present(parts) for p, parts in phases.items()}, self._host(chunks)
+        )
 
     def _buffer(self, chunks: Sequence[Chunk]) -> int:
         return sum(chunk.buffer(self.dp, self.trains_tower) for chunk in chunks)
