@@ -72,15 +72,16 @@ def layout(tp: int = 1, pp: int = 1, vp: int = 1, sp: bool = False) -> dict[str,
 
 
 SHORT, LONG = load(4, 4, 128, 32, (12, 12)), load(2, 4, 640, 128, (40, 44))
-MICRO = {"micro_batch_tokens": 600}
+MICRO, SINGLE = {"micro_batch_tokens": 600}, {"micro_batch_tokens": 300}  # two groups each, and one
 CASES = {
     "tiny_one": Case(TINY, 1, {"train": MICRO}, SHORT),
     "tiny_tp2": Case(TINY, 2, {"parallel": layout(tp=2), "train": MICRO}, SHORT),
     "tiny_tp2_sp": Case(TINY, 2, {"parallel": layout(tp=2, sp=True), "train": MICRO}, SHORT),
     "tiny_pp2": Case(TINY, 2, {"parallel": layout(pp=2), "train": MICRO}, SHORT),
-    "tiny_pp2_vp2": Case(TINY, 2, {"parallel": layout(pp=2, vp=2), "train": MICRO}, SHORT),
+    "tiny_pp2_vp2": Case(TINY, 2, {"parallel": layout(pp=2, vp=2), "train": SINGLE}, SHORT),
+    "tiny_pp4": Case(TINY, 4, {"parallel": layout(pp=4), "train": SINGLE}, SHORT),
     "tiny_dp2": Case(TINY, 2, {"train": MICRO}, SHORT),
-    "tiny_tp2_pp2": Case(TINY, 4, {"parallel": layout(tp=2, pp=2), "train": MICRO}, SHORT),
+    "tiny_tp2_pp2": Case(TINY, 4, {"parallel": layout(tp=2, pp=2), "train": SINGLE}, SHORT),
     "tiny_copy": Case(
         TINY, 2, {"parallel": layout(pp=2), "rollout": {"tensor_model_parallel_size": 1}, "train": MICRO}, SHORT
     ),
