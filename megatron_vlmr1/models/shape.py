@@ -30,6 +30,61 @@ class TextShape:
     mrope_section: tuple[int, int, int]
     max_positions: int
 
+    def check_layout(self, layout: ParallelConfig) -> None:
+        """Refuse a layout that this model cannot be cut into.
+
+        Raises:
+            ValueError: naming the number that does not divide, and the nearest layouts that fit.
+        """
+        if problem := self._misfit(layout):
+            near = "" if layout.pipeline_layers else ", ".join(f"{tp} x {pp}" for tp, pp in self._nearest(layout))
+            raise ValueError(f"{problem}; nearest tensor x pipeline sizes that fit: {near}" if near else problem)
+
+    def _misfit(self, layout: ParallelConfig) -> str:
+        tp = layout.tensor_model_parallel_size
+        if self.num_heads % tp:
+            return (
+                f"parallel.tensor_model_parallel_size={tp} does not divide the model's {self.num_heads} attention heads"
+            )
+        if self.num_kv_heads % tp and tp % self.num_kv_heads:
+            return (
+                f"parallel.tensor_model_parallel_size={tp} and the model's {self.num_kv_heads} key/value heads: "
+                "one must divide the other"
+            )
+        rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        if rows % tp:
+            return (
+                f"parallel.tensor_model_parallel_size={tp} does not divide the model's {rows} rows of queries, keys "
+                "and values"
+            )
+        try:
+            layout.layers_by_chunk(self.num_layers)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def _nearest(self, layout: ParallelConfig, count: int = 3) -> list[tuple[int, int]]:
+        """Return sizes that divide heads and layers evenly, those first that are fewest times larger or smaller."""
+        wanted = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+        virtual = layout.virtual_pipeline_model_parallel_size
+
+        def times(sizes: tuple[int, int]) -> float:
+            return sum(abs(math.log(a / b)) for a, b in zip(sizes, wanted, strict=True))
+
+        fitting = [
+            (tp, pp)
+            for tp in range(1, self.num_heads + 1)
+            for pp in range(2 if virtual > 1 else 1, self.num_layers // virtual + 1)
+            if not self._misfit(
+                ParallelConfig.model_construct(
+                    tensor_model_parallel_size=tp,
+                    pipeline_model_parallel_size=pp,
+                    virtual_pipeline_model_parallel_size=virtual,
+                )
+            )
+        ]
+        return sorted(fitting, key=lambda sizes: (times(sizes), sizes))[:count]
+
 
 @dataclass(frozen=True)
 class VisionShape:
@@ -75,45 +130,4 @@ class VlmShape:
         Raises:
             ValueError: naming the number that does not divide, and the nearest layouts that fit.
         """
-        if problem := self._misfit(layout):
-            near = "" if layout.pipeline_layers else ", ".join(f"{tp} x {pp}" for tp, pp in self._nearest(layout))
-            raise ValueError(f"{problem}; nearest tensor x pipeline sizes that fit: {near}" if near else problem)
-
-    def _misfit(self, layout: ParallelConfig) -> str:
-        text, tp = self.text, layout.tensor_model_parallel_size
-        if text.num_heads % tp:
-            return (
-                f"parallel.tensor_model_parallel_size={tp} does not divide the model's {text.num_heads} attention heads"
-            )
-        if text.num_kv_heads % tp and tp % text.num_kv_heads:
-            return (
-                f"parallel.tensor_model_parallel_size={tp} and the model's {text.num_kv_heads} key/value heads: "
-                "one must divide the other"
-            )
-        try:
-            layout.layers_by_chunk(text.num_layers)
-        except ValueError as error:
-            return str(error)
-        return ""
-
-    def _nearest(self, layout: ParallelConfig, count: int = 3) -> list[tuple[int, int]]:
-        """Return sizes that divide heads and layers evenly, those first that are fewest times larger or smaller."""
-        wanted = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-        virtual = layout.virtual_pipeline_model_parallel_size
-
-        def times(sizes: tuple[int, int]) -> float:
-            return sum(abs(math.log(a / b)) for a, b in zip(sizes, wanted, strict=True))
-
-        fitting = [
-            (tp, pp)
-            for tp in range(1, self.text.num_heads + 1)
-            for pp in range(2 if virtual > 1 else 1, self.text.num_layers // virtual + 1)
-            if not self._misfit(
-                ParallelConfig.model_construct(
-                    tensor_model_parallel_size=tp,
-                    pipeline_model_parallel_size=pp,
-                    virtual_pipeline_model_parallel_size=virtual,
-                )
-            )
-        ]
-        return sorted(fitting, key=lambda sizes: (times(sizes), sizes))[:count]
+        self.text.check_layout(layout)
