@@ -102,5 +102,5 @@ class SlurmJobs:
     def log(self, run_dir: Path) -> Path:
         """Return the batch script's output."""
         return max(
-            (run_dir / "logs").glob("slurm-*.out"), key=lambda path: path.stat().st_mtime, default=run_dir / _LOG
+            (run_dir / "logs").glob("slurm_*.log"), key=lambda path: path.stat().st_mtime, default=run_dir / _LOG
         )
