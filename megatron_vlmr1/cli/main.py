@@ -20,9 +20,6 @@ from megatron_vlmr1.cli.common import configure_logging
 from megatron_vlmr1.runtime.ranks import identity
 
 VERBS = (
-    *("train", "submit", "evaluate", "generate", "convert", "shards", "rewards"),
-    *("scaling", "report", "doctor", "drill"),
-)
     "train",
     "submit",
     "evaluate",
