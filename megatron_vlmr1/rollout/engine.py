@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from megatron_vlmr1.models.policy import Policy
+from megatron_vlmr1.rollout.cache_size import CacheSize, fit
 from megatron_vlmr1.rollout.forward import Forward
-from megatron_vlmr1.rollout.kv_cache import CacheSize, KvCache, fit
+from megatron_vlmr1.rollout.kv_cache import KvCache
 from megatron_vlmr1.rollout.lane import Lane, OnFinish, Request
 from megatron_vlmr1.rollout.pipe import Pipe
 from megatron_vlmr1.rollout.sampling import Sampling

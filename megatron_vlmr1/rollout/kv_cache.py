@@ -6,50 +6,16 @@ leaves is replaced by the last one in use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from megatron_vlmr1.models.attention import AttentionPlan
+from megatron_vlmr1.rollout.cache_size import CacheSize
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.types import IntArray
 
 _NEVER = float("-inf")
-
-
-@dataclass(frozen=True)
-class CacheSize:
-    """Slots, and tokens of each."""
-
-    prompts: int
-    prompt_tokens: int
-    rows: int  # a row is a completion
-    row_tokens: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of key/value cache in all."""
-        return self.prompts * self.prompt_tokens + self.rows * self.row_tokens
-
-
-def fit(prompt_tokens: int, prompts: int, generations: int, row_tokens: int, budget: int) -> CacheSize | None:
-    """Return a cache of at most `budget` tokens with as many rows as it can feed, or None if no completion fits.
-
-    With fewer rows than completions there are prompt slots for twice as many groups as fill the rows, and one more:
-    a few long completions hold their prompts, and without slots for others the rest of the rows would stand empty.
-    What is left of the budget goes to slots.
-    """
-    for rows in range(prompts * generations, 0, -1):
-        groups = -(-rows // generations)
-        slots = min(prompts, rows, groups if rows == prompts * generations else 2 * groups + 1)
-        if rows <= generations:  # better one whole group than single completions of several
-            slots = 1
-        left = budget - rows * row_tokens
-        if slots * prompt_tokens <= left:
-            return CacheSize(min(prompts, rows, left // prompt_tokens), prompt_tokens, rows, row_tokens)
-    return None
 
 
 class KvCache:

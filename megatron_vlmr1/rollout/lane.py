@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vlmr1.rollout.kv_cache import CacheSize, KvCache, Occupancy
+from megatron_vlmr1.rollout.cache_size import CacheSize
+from megatron_vlmr1.rollout.kv_cache import KvCache, Occupancy
 from megatron_vlmr1.rollout.sampling import Sampling, draw, streams
 from megatron_vlmr1.types import Completion, FloatArray, IntArray, Prompt
 

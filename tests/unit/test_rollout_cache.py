@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vlmr1.rollout.kv_cache import CacheSize, Decode, KvCache, fit
+from megatron_vlmr1.rollout.cache_size import CacheSize, fit
+from megatron_vlmr1.rollout.kv_cache import Decode, KvCache
 from megatron_vlmr1.rollout.lane import Lane, Request
 from megatron_vlmr1.rollout.sampling import Sampling
 
