@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from megatron_vlmr1.data.bins import fill
-from megatron_vlmr1.models.attention import AttentionPlan, Segment
+from megatron_vlmr1.models.attention import AttentionPlan
 from megatron_vlmr1.models.policy import Policy
+from megatron_vlmr1.models.segments import Segment
 from megatron_vlmr1.models.vlm import ModelInput
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.types import ImagePatches, IntArray, Prompt

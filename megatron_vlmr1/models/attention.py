@@ -7,7 +7,6 @@ micro-batch is made once and used by every layer. Generation passes a key/value 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,17 +16,9 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_vlmr1.models.segments import Segment, alike
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.types import IntArray
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Queries `start`..`stop`, which see the keys of `prefix` (if any) and their own; causal at the bottom right."""
-
-    start: int
-    stop: int
-    prefix: tuple[int, int] | None = None
 
 
 class Attend(Protocol):
@@ -57,12 +48,7 @@ class AttentionPlan:
     """Which keys each query of a packed row sees, as a few padded batches."""
 
     def __init__(self, segments: Sequence[Segment], causal: bool = True) -> None:
-        buckets: dict[tuple[int, int], list[Segment]] = defaultdict(list)
-        for s in segments:
-            if s.stop > s.start:
-                keys = s.stop - s.start + (s.prefix[1] - s.prefix[0] if s.prefix else 0)
-                buckets[_rung(s.stop - s.start), _rung(keys)].append(s)
-        made = [_bucket(members, causal) for members in buckets.values()]
+        made = [_bucket(members, causal) for members in alike(segments)]
         self._buckets = [bucket for bucket, _ in made]
         order = np.concatenate([tokens for _, tokens in made]) if made else np.zeros(0, dtype=np.int64)
         self._inverse = _rows(np.argsort(order))
@@ -93,12 +79,6 @@ def _rows(numbers: IntArray) -> Rows:
 
 def _take(x: torch.Tensor, rows: Rows) -> torch.Tensor:
     return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
-
-
-def _rung(n: int) -> int:
-    """Round up to the next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: padding costs at most a half."""
-    power = 1 << (n - 1).bit_length()
-    return power * 3 // 4 if power >= 4 and n <= power * 3 // 4 else power
 
 
 def _bucket(members: list[Segment], causal: bool) -> tuple[_Bucket, IntArray]:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from torch.utils.checkpoint import checkpoint
 
-from megatron_vlmr1.models.attention import AttentionPlan, Segment
+from megatron_vlmr1.models.attention import AttentionPlan
 from megatron_vlmr1.models.layers import rms_norm
+from megatron_vlmr1.models.segments import Segment
 from megatron_vlmr1.models.shape import VisionShape
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.runtime import device

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_vlmr1.config import Config, RecomputeConfig, decoding_layout
-from megatron_vlmr1.plan import generation, passes
+from megatron_vlmr1.config import Config, ParallelConfig, RecomputeConfig, decoding_layout
+from megatron_vlmr1.plan import passes, rollout_time
 from megatron_vlmr1.plan.costs import NOTHING, Cost, Device, total
 from megatron_vlmr1.plan.hardware import Hardware
 from megatron_vlmr1.plan.layout import Layout, layout
@@ -63,10 +63,9 @@ def program(cfg: Config, num_layers: int, world: int, per_node: int) -> Program:
     Raises:
         ValueError: ranks or layers do not divide.
     """
-    decoding = decoding_layout(cfg)
     return Program(
         place=layout(cfg.parallel, num_layers, world, per_node),
-        decoding=decoding and (decoding.tensor_model_parallel_size, decoding.pipeline_model_parallel_size),
+        decoding=_sizes(decoding_layout(cfg)),
         micro_batch_tokens=cfg.train.micro_batch_tokens,
         micro_batches=cfg.train.micro_batches,
         recompute=cfg.recompute,
@@ -78,6 +77,10 @@ def program(cfg: Config, num_layers: int, world: int, per_node: int) -> Program:
         max_prefill_tokens=cfg.rollout.max_prefill_tokens,
         precision=cfg.precision,
     )
+
+
+def _sizes(given: ParallelConfig | None) -> tuple[int, int] | None:
+    return None if given is None else (given.tensor_model_parallel_size, given.pipeline_model_parallel_size)
 
 
 @dataclass(frozen=True)
@@ -178,10 +181,10 @@ def training_task(device: Device, shape: PlanShape, how: Program, work: Workload
 def rollout_parts(hardware: Hardware, shape: PlanShape, how: Program, work: Workload) -> dict[str, Cost]:
     """Return a rollout: copy, prefill, decode."""
     device = Device(hardware, "bf16" if how.precision == "fp8" else how.precision, how.graphs)
-    which = generation.engine(
+    which = rollout_time.engine(
         how.place, how.decoding, how.max_cache_tokens, how.max_prefill_tokens, shape.text.num_layers
     )
-    return generation.rollout(device, shape, which, work, how.place)
+    return rollout_time.rollout(device, shape, which, work, how.place)
 
 
 def _logprobs(task: passes.Task, how: Program) -> Cost:

@@ -1,4 +1,4 @@
-"""How many prompts and completions a key/value cache holds. No torch: plans ask too."""
+"""How large a key/value cache is made. No torch: plans ask too."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from megatron_vlmr1.models.attention import AttentionPlan, Segment, _rung
+from megatron_vlmr1.models.attention import AttentionPlan
+from megatron_vlmr1.models.segments import Segment, rung
 
 
 def plain(segments: list[Segment], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -65,8 +66,8 @@ def test_a_query_sees_nothing_of_other_sequences():
 
 def test_padding_costs_at_most_a_half():
     for n in range(1, 5000):
-        assert n <= _rung(n) <= max(n, 1.5 * n - 0.5), n
-    assert len({_rung(n) for n in range(1, 5000)}) <= 2 * 13
+        assert n <= rung(n) <= max(n, 1.5 * n - 0.5), n
+    assert len({rung(n) for n in range(1, 5000)}) <= 2 * 13
 
 
 def test_no_token_at_all():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_vlmr1.data.packing import PackedGroup, pack, split_by_tokens
-from megatron_vlmr1.models.attention import Segment
 from megatron_vlmr1.models.mrope import mrope_positions
+from megatron_vlmr1.models.segments import Segment
 from megatron_vlmr1.types import ImagePatches, Prompt
 from tests.checkpoints import random_image
 

@@ -1,0 +1,274 @@
+"""Memory of every pipeline stage, phase by phase, in the largest step that a config allows. No torch.
+
+What is counted is what the program's tensors take when they are needed most; what a caching allocator cannot use
+between them comes on top, and a plan leaves room for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_vlmr1.config import Config, decoding_layout
+from megatron_vlmr1.models.shape import padded
+from megatron_vlmr1.plan.activations import FP32, INDEX, Layer, Widths, chunk_kept, norm
+from megatron_vlmr1.plan.counts import Chunk, stage_chunks
+from megatron_vlmr1.plan.generation import Generation
+from megatron_vlmr1.plan.load import Load, MicroBatch, in_flight, largest
+from megatron_vlmr1.plan.parts import Parts, dearest, joined, total
+from megatron_vlmr1.plan.shapes import PlanShape
+from megatron_vlmr1.plan.tower import Tower
+
+Device = Literal["cpu", "cuda"]
+PHASES = ("rollout", "logprobs", "update", "save")
+
+MASTER_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4  # of a parameter: fp32 master, two fp32 moments, fp32 gradient
+TILES = {"cpu": (1024, 512), "cuda": (4096, 8192)}  # `models.logprobs.TILES`: positions x tokens of one tile of logits
+CHECKSUM_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 22}  # `parallel.replicas`: weights of a checksum, int64
+# Assumed, not measured here: a CUDA context with its libraries' kernels, NCCL's buffers, and cuBLAS's workspace.
+RUNTIME_BYTES = {"cpu": 0, "cuda": 1_500_000_000}
+REWARD_PROCESS_BYTES = 150_000_000  # assumed: a Python process with numpy, and without torch
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """The dearest rank of a pipeline stage."""
+
+    stage: int
+    parameters: int
+    phases: dict[str, dict[str, int]]  # phase -> part -> bytes of the device, at that phase's peak
+    host: dict[str, int]  # part -> bytes of host memory, of this rank
+
+    def peak(self, phase: str) -> int:
+        """Bytes of the device at a phase's peak."""
+        return total(self.phases[phase])
+
+    def worst(self) -> tuple[str, int]:
+        """Return the phase that needs the most, and its bytes."""
+        phase = max(self.phases, key=self.peak)
+        return phase, self.peak(phase)
+
+
+def rank_memory(
+    cfg: Config, shape: PlanShape, world: int, device: Device = "cuda", load: Load | None = None
+) -> list[RankMemory]:
+    """Count the dearest rank of each pipeline stage.
+
+    Args:
+        cfg: of the run.
+        shape: of the model.
+        world: ranks.
+        device: that trains.
+        load: of a copy of the model in a step; None: the largest that the config allows.
+
+    Raises:
+        ValueError: the ranks, the layout or the cache do not fit.
+    """
+    shape.check_layout(cfg.parallel)
+    cfg.recompute.check(cfg.parallel.layers_by_chunk(shape.text.num_layers))
+    dp = cfg.parallel.data_parallel_size(world)
+    given = load or largest(cfg, shape, world)
+    decoding = decoding_layout(cfg)
+    if decoding is not None:
+        shape.check_layout(decoding)
+    stages = range(cfg.parallel.pipeline_model_parallel_size)
+    return [_Rank(cfg, shape, dp, stage, device, given).memory() for stage in stages]
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """One rank of a stage: the first of its tensor-parallel group, on data-parallel rank 0."""
+
+    cfg: Config
+    shape: PlanShape
+    dp: int
+    stage: int
+    device: Device
+    load: Load
+
+    @property
+    def item(self) -> int:
+        return 2 if self.cfg.precision == "bf16" else 4
+
+    @property
+    def tp(self) -> int:
+        return self.cfg.parallel.tensor_model_parallel_size
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.cfg.parallel.pipeline_model_parallel_size - 1
+
+    @property
+    def trains_tower(self) -> bool:
+        return not self.cfg.model.freeze_vision
+
+    def chunks(self) -> list[Chunk]:
+        return stage_chunks(self.shape, self.cfg.parallel, self.stage)
+
+    def memory(self) -> RankMemory:
+        chunks = self.chunks()
+        batches = self.load.micro_batches(self.cfg)
+        largest_batch = max(batches, key=lambda batch: batch.tokens)
+        resident = self._resident(chunks, largest_batch)
+        rollout = self._rollout() if self.cfg.method == "grpo" else {}
+        phases = {
+            "rollout": joined(resident, rollout),
+            "logprobs": joined(resident, self._logprobs(chunks, batches)),
+            "update": joined(resident, self._update(chunks, batches)),
+            "save": joined(resident, self._saving(chunks)),
+        }
+        parameters = sum(chunk.parameters for chunk in chunks)
+        return RankMemory(self.stage, parameters, phases, self._host(chunks))
+
+    def _buffer(self, chunks: Sequence[Chunk]) -> int:
+        return sum(chunk.buffer(self.dp, self.trains_tower) for chunk in chunks)
+
+    def _resident(self, chunks: Sequence[Chunk], batch: MicroBatch) -> Parts:
+        """Return what is there from one step to the next."""
+        buffer = self._buffer(chunks)
+        fixed = 0 if self.trains_tower else sum(sum(chunk.tower) for chunk in chunks)
+        shard = -(-buffer // self.dp)
+        out = {
+            "weights": (buffer + fixed) * self.item,
+            "gradients": buffer * GRADIENT_BYTES,
+            "optimizer": shard * (MOMENT_BYTES + (MASTER_BYTES if self.item < FP32 else 0)),
+            "runtime": RUNTIME_BYTES[self.device],
+        }
+        if self.cfg.parallel.sequence_parallel:  # megatron-core's global memory buffer, never given back
+            out["gather buffer"] = batch.tokens * self.shape.text.hidden_size * self.item
+        if self.cfg.train.replica_check_every:
+            out["checksums"] = CHECKSUM_NUMBERS[self.device] * INDEX
+        return out
+
+    def _rollout(self) -> Parts:
+        layout = decoding_layout(self.cfg)
+        if layout is None:
+            return Generation(self.cfg, self.shape, self.cfg.parallel, self.stage, self.load, self.item).peak()
+        copies = self.cfg.parallel.ranks_of_a_copy // layout.ranks_of_a_copy
+        load = Load(
+            -(-self.load.prompts // copies),
+            self.load.generations,
+            self.load.prompt_tokens,
+            self.load.new_tokens,
+            self.load.grids,
+        )
+        moments = []
+        for stage in range(layout.pipeline_model_parallel_size):
+            held = sum(chunk.parameters for chunk in stage_chunks(self.shape, layout, stage)) * self.item
+            generation = Generation(self.cfg, self.shape, layout, stage, load, self.item)
+            moments.append({"decoding copy": held, **generation.peak()})
+        return dearest(moments)
+
+    def _widths(self) -> Widths:
+        return Widths.of(self.shape.text, self.cfg.parallel, self.item)
+
+    def _tower(self, batch: MicroBatch) -> Tower | None:
+        if self.shape.vision is None or self.stage or not batch.grids:
+            return None
+        return Tower(self.shape.vision, batch.grids, self.tp, self.item)
+
+    def _logprobs(self, chunks: Sequence[Chunk], batches: Sequence[MicroBatch]) -> Parts:
+        """Return what passes without gradients need: of the reference, and of the old policy."""
+        cfg = self.cfg.grpo
+        if self.cfg.method != "grpo" or (not cfg.beta and cfg.num_iterations == 1):
+            return {}
+        batch = max(batches, key=lambda batch: batch.tokens)
+        layer = Layer(self._widths(), batch)
+        moments: list[Parts] = [{"activations": layer.forward + layer.plan}]
+        if self.is_last:
+            moments.append({"activations": 2 * layer.input, "logits": self._head_forward(batch)})
+        kept: Parts = {}
+        if tower := self._tower(batch):
+            moments.append({"vision tower": tower.forward, "activations": layer.input})
+            images = tuple(grid for each in batches for grid in each.grids)
+            kept = {"kept embeddings": Tower(tower.shape, images, self.tp, self.item).embeddings}
+        return joined(kept, dearest(moments))
+
+    def _head_forward(self, batch: MicroBatch) -> int:
+        """Bytes of hidden states that labels are predicted from, and of a tile of logits."""
+        positions, tokens = TILES[self.device]
+        rows = padded(self.shape.text.vocab_size, self.tp) // self.tp
+        tile = min(positions, batch.labels) * min(tokens, rows)
+        return batch.labels * self.shape.text.hidden_size * self.item + 2 * tile * FP32
+
+    def _update(self, chunks: Sequence[Chunk], batches: Sequence[MicroBatch]) -> Parts:
+        """Return the dearest moment of forward and backward, or of the optimizer's step."""
+        return dearest([*self._passes(chunks, batches), self._optimizer_step(chunks)])
+
+    def _passes(self, chunks: Sequence[Chunk], batches: Sequence[MicroBatch]) -> list[Parts]:
+        batch = max(batches, key=lambda batch: batch.tokens)
+        layer, recompute = Layer(self._widths(), batch), self.cfg.recompute
+        kept = [chunk_kept(layer, chunk.layers, recompute) for chunk in chunks]
+        pp, vp = self.cfg.parallel.pipeline_model_parallel_size, len(chunks)
+        flights = list(in_flight(self.stage, pp, vp, len(batches)))
+        tower = self._tower(batch)
+        tower_kept = tower.kept(recompute.tower) + tower.embeddings if tower and self.trains_tower else 0
+        shipped = layer.input * ((self.item < FP32) + (not self.is_last)) if pp > 1 else 0
+        moments = []
+        for flight in flights:
+            acts = sum(count * (kept[c][0] + shipped) for c, count in flight.items())
+            moments.append({"activations": acts, "vision tower": flight[0] * tower_kept})
+        held = dearest(moments)
+        again = max(extra for _, extra in kept)
+        out = [joined(held, {"activations": again + layer.backward + layer.plan, **self._tied()})]
+        if self.is_last:
+            out = [joined(each, self._head_kept(batch)) for each in out]
+            out.append(joined(held, self._head_kept(batch), self._head_backward(batch)))
+        if tower and self.trains_tower:
+            out.append({"vision tower": tower_kept + tower.backward(recompute.tower), **self._tied()})
+        out.append({"output layer": 2 * self._tied().get("output layer", 0)})
+        return out
+
+    def _tied(self) -> Parts:
+        """Return the output layer's gradient, which waits for the embedding's where both are one parameter."""
+        text = self.shape.text
+        if not text.tied or self.cfg.parallel.pipeline_model_parallel_size > 1:
+            return {}
+        return {"output layer": padded(text.vocab_size, self.tp) // self.tp * text.hidden_size * self.item}
+
+    def _head_kept(self, batch: MicroBatch) -> Parts:
+        width, rows = self.shape.text.hidden_size, batch.tokens // self._widths().shards
+        last = norm(rows, width, self.item) + batch.labels * (width * self.item + 3 * INDEX + 4 * FP32)
+        return {"activations": last + (batch.tokens * width * self.item if self._widths().shards > 1 else 0)}
+
+    def _head_backward(self, batch: MicroBatch) -> Parts:
+        """Return the gradients of the output layer and of its input, in fp32 and then in the type of activations."""
+        text, width = self.shape.text, self.shape.text.hidden_size
+        rows = padded(text.vocab_size, self.tp) // self.tp
+        positions, tokens = TILES[self.device]
+        each = FP32 + (self.item if self.item < FP32 else 0)
+        tile = 3 * min(positions, batch.labels) * min(tokens, rows) * FP32
+        return {"logits": tile + batch.labels * width * each, "output layer": rows * width * each}
+
+    def _optimizer_step(self, chunks: Sequence[Chunk]) -> Parts:
+        """Return what the step takes for a moment.
+
+        On a CPU torch's Adam goes tensor by tensor: a root and its quotient. On a GPU its foreach kernels take the
+        roots of all second moments at once; Transformer Engine's and apex's take nothing.
+        """
+        if self.device == "cuda":
+            return {"optimizer step": -(-self._buffer(chunks) // self.dp) * FP32}
+        return {"optimizer step": 2 * max(chunk.largest for chunk in chunks) * FP32}
+
+    def _saving(self, chunks: Sequence[Chunk]) -> Parts:
+        """Return the parts of one parameter that the first rank of the tensor-parallel group gathers."""
+        largest_tensor = max(max((*c.layer, c.embedding, c.output)) for c in chunks)
+        return {"gathered": self.tp * largest_tensor * self.item if self.tp > 1 else 0}
+
+    def _host(self, chunks: Sequence[Chunk]) -> Parts:
+        cfg, parameters = self.cfg, sum(chunk.parameters for chunk in chunks)
+        shard = -(-self._buffer(chunks) // self.dp)
+        out: Parts = {}
+        if cfg.method == "grpo" and cfg.grpo.beta > 0:
+            out["reference"] = parameters * self.item
+        if cfg.train.async_save:
+            whole = parameters * self.tp * self.item
+            out["staged save"] = whole + shard * (MASTER_BYTES + MOMENT_BYTES)
+        last = MASTER_BYTES + MOMENT_BYTES
+        out["last save"] = self._buffer(chunks) * last * 2  # fully_reshardable: gathered, then in order
+        if self.shape.vision is not None:
+            numbers = sum(h * w for _, h, w in self.load.grids) * self.shape.vision.patch_dim
+            out["pixels"] = self.load.prompts * numbers // self.shape.vision.temporal_patch_size * FP32
+        out["reward processes"] = (cfg.rewards.workers + 1) * REWARD_PROCESS_BYTES if cfg.method == "grpo" else 0
+        return out
