@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_vlmr1.config import RecomputeConfig
-from megatron_vlmr1.models.shape import VisionShape, padded
+from megatron_vlmr1.models.shape import padded
 from megatron_vlmr1.plan import layers
 from megatron_vlmr1.plan.costs import NOTHING, Cost, Device, slowest, total
+from megatron_vlmr1.plan.counts import layer_tensors, tower_tensors
 from megatron_vlmr1.plan.layout import Layout
 from megatron_vlmr1.plan.shapes import PlanShape
 from megatron_vlmr1.plan.workload import Packed, Workload
@@ -32,39 +34,27 @@ class Task:
     recompute: RecomputeConfig = RecomputeConfig()
     freeze_vision: bool = False
 
-    @property
-    def grid(self) -> tuple[int, int] | None:
-        """Patches of an image."""
-        return self.work.grid(self.shape.vision)
 
-
-def vision_parameters(v: VisionShape) -> int:
-    """Return the tower's parameters, its merger's among them (the published modules: biases but in the patches)."""
-    h, f, m = v.hidden_size, v.intermediate_size, v.hidden_size * v.merge_unit
-    block = 4 * h * h + 4 * h + 3 * h * f + 2 * f + h + 2 * h
-    return v.patch_dim * h + v.depth * block + h + m * (m + 1) + v.out_hidden_size * (m + 1)
-
-
-def layer_parameters(shape: PlanShape, tp: int) -> int:
-    """Return the matrices' parameters of one layer on one rank."""
-    t = shape.text
-    width, kv_width = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
-    return t.hidden_size * (2 * width + 2 * kv_width + 3 * padded(t.ffn_hidden_size, tp)) // tp
-
-
+@lru_cache(maxsize=4096)
 def stage_parameters(shape: PlanShape, place: Layout, stage: int) -> tuple[int, int]:
-    """Return a rank's parameters of a stage: (language model, tower). Norms and biases are left out: one in 10^4."""
-    t = shape.text
-    count = place.stage_layers(stage) * layer_parameters(shape, place.tp)
-    table = padded(t.vocab_size, place.tp) // place.tp * t.hidden_size
-    count += table * ((stage == 0) + (stage == place.pp - 1 and not (t.tied and place.pp == 1)))
-    return count, vision_parameters(shape.vision) if shape.vision is not None and stage == 0 else 0
+    """Return a rank's parameters of a stage: (language model, tower)."""
+    text = shape.text
+    count = place.stage_layers(stage) * sum(layer_tensors(shape, place.tp))
+    table = padded(text.vocab_size, place.tp) // place.tp * text.hidden_size
+    count += table * ((stage == 0) + (stage == place.pp - 1 and not (text.tied and place.pp == 1)))
+    count += text.hidden_size * (stage == place.pp - 1)
+    return count, _tower_parameters(shape) if stage == 0 else 0
+
+
+@lru_cache(maxsize=64)
+def _tower_parameters(shape: PlanShape) -> int:
+    return sum(tower_tensors(shape))
 
 
 def _tower(task: Task) -> Cost:
-    if task.grid is None or task.shape.vision is None:
+    if task.work.grid is None or task.shape.vision is None:
         return NOTHING
-    return layers.tower(task.device, task.shape.vision, task.grid, task.batch.images, task.place)
+    return layers.tower(task.device, task.shape.vision, task.work.grid, task.batch.images, task.place)
 
 
 def _stage(task: Task, stage: int, train: bool, tower: bool) -> Cost:

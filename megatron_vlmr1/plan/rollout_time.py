@@ -130,7 +130,7 @@ def _prefill(device: Device, shape: PlanShape, which: Engine, work: Workload, pr
         count=rounds * lanes,
         empty=0,
         prompts=prompts / rounds,
-        images=prompts / rounds if work.image_tokens >= 1 else 0.0,
+        images=prompts / rounds if work.grid else 0.0,
         tokens=math.ceil(tokens / rounds),
         pairs=prompts / rounds * causal_pairs(round(work.prompt_tokens)),
         labels=1.0,

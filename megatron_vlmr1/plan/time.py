@@ -217,10 +217,9 @@ def useful_flops(shape: PlanShape, how: Program, work: Workload) -> tuple[float,
     steps = how.iterations
     again = (how.grpo and how.beta) + (steps > 1)
     language = forward * (again + 3 * steps + how.grpo)
-    grid = work.grid(shape.vision)
-    if grid is None or shape.vision is None:
+    if work.grid is None or shape.vision is None:
         return float(language), 0.0
-    tower = work.prompts * vision_flops(shape.vision, [(1, *grid)])
+    tower = work.prompts * vision_flops(shape.vision, [(1, *work.grid)])
     if how.freeze_vision:
         return float(language), float(tower)
     asked = tower if how.grpo or steps > 1 else 0

@@ -9,9 +9,8 @@ from functools import lru_cache
 from megatron_vlmr1.config import Config
 from megatron_vlmr1.data.bins import fill
 from megatron_vlmr1.models.shape import VisionShape, padded
+from megatron_vlmr1.plan.load import largest_grid
 from megatron_vlmr1.telemetry.flops import causal_pairs, vision_pairs
-
-_SQUARE_SHARE = 0.5  # of a prompt that is an image, at most, where the config says no size
 
 
 @dataclass(frozen=True)
@@ -21,17 +20,18 @@ class Workload:
     prompts: int  # of a step, all ranks
     generations: int  # completions of a prompt
     prompt_tokens: float  # image tokens among them
-    image_tokens: float  # of the one image of a prompt; 0 is none
+    grid: tuple[int, int] | None  # patch rows and columns of the one image of a prompt
     completion_tokens: float  # on average, the stop token included
     longest_completion: int  # most that a completion may have
 
-    def grid(self, vision: VisionShape | None) -> tuple[int, int] | None:
-        """Return patch rows and columns of an image with about `image_tokens`, nearly square; None without one."""
-        if vision is None or self.image_tokens < 1:
-            return None
-        rows = max(1, round(math.sqrt(self.image_tokens)))
-        columns = max(1, round(self.image_tokens / rows))
-        return rows * vision.spatial_merge_size, columns * vision.spatial_merge_size
+
+def grid_of(vision: VisionShape, tokens: float) -> tuple[int, int] | None:
+    """Return patch rows and columns of a nearly square image with about so many tokens; None with less than one."""
+    if tokens < 1:
+        return None
+    rows = max(1, round(math.sqrt(tokens)))
+    merge = vision.spatial_merge_size
+    return rows * merge, max(1, round(tokens / rows)) * merge
 
 
 def workload(
@@ -41,9 +41,7 @@ def workload(
     image_tokens: float | None = None,
     completion_tokens: float | None = None,
 ) -> Workload:
-    """Return a config's step; what is not given is as large as the config allows.
-
-    An image is then of `data.max_pixels`, or half of the longest prompt where that is empty or more.
+    """Return a config's step; what is not given is as large as the config allows (`plan.load`).
 
     Raises:
         ValueError: more than the config allows.
@@ -55,21 +53,19 @@ def workload(
         if not 1 <= value <= limits[name]:
             key = "data.max_prompt_tokens" if name == "prompt" else "rollout.max_new_tokens"
             raise ValueError(f"--{name}-tokens {value:g}: from 1 to {key}={limits[name]}")
-    if vision is None:
-        image = 0.0
-    elif image_tokens is None:
-        pixels = vision.patch_size**2 * vision.merge_unit  # of a token
-        largest = math.inf if cfg.data.max_pixels is None else cfg.data.max_pixels // pixels
-        image = largest if largest < prompt else _SQUARE_SHARE * prompt
-    else:
-        image = image_tokens
-    if image > prompt:
-        raise ValueError(f"--image-tokens {image:g}: more than the {prompt:g} tokens of a prompt")
+    grid = None
+    if vision is not None:
+        _, rows, columns = largest_grid(cfg, vision)
+        grid = (rows, columns) if image_tokens is None else grid_of(vision, image_tokens)
+        if grid and grid[0] * grid[1] // vision.merge_unit > prompt:
+            raise ValueError(f"an image of {grid[0] * grid[1] // vision.merge_unit} tokens in a prompt of {prompt:g}")
+    elif image_tokens:
+        raise ValueError(f"--image-tokens {image_tokens:g}: a text model sees no images")
     return Workload(
         prompts=cfg.train.prompts_per_step,
         generations=cfg.rollout.num_generations if cfg.method == "grpo" else 1,
         prompt_tokens=float(prompt),
-        image_tokens=float(image),
+        grid=grid,
         completion_tokens=float(completion),
         longest_completion=cfg.rollout.max_new_tokens,
     )
@@ -117,7 +113,7 @@ def packed(work: Workload, copies: int, budget: int, at_least: int, turns: int, 
         count=len(bins),
         empty=-len(bins) % turns,
         prompts=each,
-        images=each if work.image_tokens >= 1 else 0.0,
+        images=each if work.grid else 0.0,
         tokens=padded(math.ceil(each * part), multiple),
         pairs=each * pairs,
         labels=each * rows * work.completion_tokens,
