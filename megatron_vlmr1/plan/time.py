@@ -130,8 +130,8 @@ class StepTime:
         return rates
 
 
-def step_time(hardware: Hardware, shape: PlanShape, how: Program, work: Workload) -> StepTime:
-    """Predict a step.
+def step_time(hardware: Hardware, shape: PlanShape, how: Program, work: Workload, rollout: bool = True) -> StepTime:
+    """Predict a step; without its rollout, on request.
 
     Raises:
         ValueError: the hardware lacks the precision, or the cache holds no completion.
@@ -139,7 +139,8 @@ def step_time(hardware: Hardware, shape: PlanShape, how: Program, work: Workload
     task = training_task(Device(hardware, how.precision), shape, how, work)
     phases: dict[str, Cost] = {}
     if how.grpo:
-        phases["rollout"] = total(rollout_parts(hardware, shape, how, work).values())
+        if rollout:
+            phases["rollout"] = total(rollout_parts(hardware, shape, how, work).values())
         phases["reward_exposed"] = Cost({"rewards": hardware.overheads.rewards_s.value})
         if how.beta or how.iterations > 1:
             phases["logprobs"] = _logprobs(task, how)
