@@ -22,6 +22,21 @@ from megatron_vlmr1.plan.workload import Workload, grid_of
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "results" / "plan_published.md"
+HEADER = """\
+# The planner beside published figures
+
+`python tools/plan_against_published.py --write` made this page. All points with the one file of efficiencies,
+configs/hardware/h100-80gb.yaml, of which most are assumed; none was fitted to a point. *This program*: what is
+predicted for it in their setting (each prompt trained once a sample, as they do). *With theirs* adds what they have
+and it has not: CUDA graphs in generation; gradients, weights and tensor-parallel sums behind compute. The error is that
+column's, against the nearer end of a published range. Nothing here was measured by us on a GPU.
+
+What the peers lose to offloading, refits, data and their hosts is not modelled, and theirs are small models in short
+steps that come out too quick. Attention is taken as FlashAttention-2; Megatron-Bridge has quicker kernels, and fused
+norms and activations, for which ours move more memory.
+
+| point | published | this program | with theirs | error | inputs that had to be assumed |
+|---|---|---|---|---|---|"""
 VLLM_SHARE = 0.6  # of a device's memory, as EasyR1 sets it
 FULL = RecomputeConfig(granularity="full")
 
@@ -165,20 +180,7 @@ def rows(gpu: hardware.Hardware) -> list[dict[str, object]]:
 
 def table(found: list[dict[str, object]]) -> str:
     """Return the page."""
-    lines = [
-        "# The planner beside published figures",
-        "",
-        "`python tools/plan_against_published.py --write` made this page. All points with the one file of efficiencies,",
-        "configs/hardware/h100-80gb.yaml, of which most are assumed; none was fitted to a point. *This program*: what is",
-        "predicted for it in their setting (each prompt trained once a sample, as they do). *With theirs* adds what they",
-        "have and it has not: CUDA graphs in generation; gradients, weights and tensor-parallel sums behind compute. The",
-        "error is that column's, against the nearer end of a published range. Nothing here was measured by us on a GPU.",
-        "What the peers lose to offloading, data, refits and sampling on the host is not modelled: small models, whose steps",
-        "are short, come out too quick.",
-        "",
-        "| point | published | this program | with theirs | error | inputs that had to be assumed |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = [HEADER]
     for row in found:
         point = row["point"]
         assert isinstance(point, Point)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -99,12 +98,17 @@ def through(task: Task, train: bool, tower: bool) -> Cost:
     """Return all micro-batches through all stages.
 
     The slowest stage does them one after another; the rest of the stages' time for one of them passes before it begins
-    or after it ends, a virtual stage's share of it where there are several (arXiv 2104.04473, section 2.2).
+    or after it ends, a virtual stage's share of it where there are several (arXiv 2104.04473, section 2.2). But however
+    the layers are cut, each micro-batch has to pass through all of them, the next a virtual stage behind.
     """
     stages = [_stage(task, stage, train, tower) for stage in range(task.place.pp)]
-    longest = slowest(stages)
-    bubble = (sum(stage.seconds for stage in stages) - longest.seconds) / task.place.vp
-    return longest * task.batch.count + Cost({"bubble": bubble} if bubble else {})
+    longest, trip, vp = slowest(stages), sum(stage.seconds for stage in stages), task.place.vp
+    busy = longest.seconds * task.batch.count
+    whole = max(
+        busy + (trip - longest.seconds) / vp,
+        trip + (task.batch.count - 1) * longest.seconds / vp,
+    )
+    return longest * task.batch.count + Cost({"bubble": whole - busy} if task.place.pp > 1 else {})
 
 
 def after_backward(task: Task) -> Cost:
@@ -147,9 +151,3 @@ def checkpoint_bytes(shape: PlanShape, freeze_vision: bool, item: int) -> tuple[
     language, tower = stage_parameters(shape, whole, 0)
     trained = language + (0 if freeze_vision else tower)
     return (language + tower) * item, trained * (12 if item < 4 else 8)
-
-
-def bubble_share(place: Layout, count: int) -> float:
-    """Return the idle share of equal stages: (p - 1) / (v m + p - 1) (arXiv 2104.04473, section 2.2.2)."""
-    idle = (place.pp - 1) / place.vp
-    return idle / (count + idle) if count else math.nan

@@ -1,13 +1,14 @@
 """The quickest setting of so many devices that this program takes and that fits. No torch.
 
 Settings are ordered by the step that is predicted for them, and their memory is counted in that order until the best
-and the best in another layout are found. What is refused is refused by the program's own rules.
+and the best in another layout are found. Of settings that a prediction cannot tell apart the plainest is taken. What is
+refused is refused by the program's own rules.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from megatron_vlmr1.config import Config, ParallelConfig, RecomputeConfig, decoding_layout
@@ -23,6 +24,9 @@ from megatron_vlmr1.plan.workload import Workload
 
 MARGIN = 0.1
 """Share of a device's memory that a plan leaves free: what an allocator cannot use, and what is not counted."""
+
+ALIKE = 0.02
+"""Settings whose steps differ by less are taken for equally quick."""
 
 NO_MEMORY, NO_HOST = "does not fit the device", "does not fit the node's memory"
 
@@ -46,11 +50,11 @@ class Recommendation:
     """What a search found.
 
     Attributes:
-        choices: the best, and the best in another training layout; fewer where no more fit.
+        choices: the best, and the best of another tensor or pipeline size; fewer where no more fit.
         settings: how many there were.
         refused: how many of them for which reason; those slower than the choices were not asked for their memory.
-        faster: settings that would be quicker than the best, and do not fit.
-        nearest: where none fits: the setting that needs the least, and its bytes.
+        faster: settings that would be quicker than any that fits.
+        nearest: of these the one that needs the least, and its bytes.
     """
 
     choices: list[Choice] = field(default_factory=list)
@@ -81,7 +85,7 @@ def misfit(memory: list[RankMemory], hardware: Hardware, per_node: int) -> str:
     host = per_node * max(sum(rank.host.values()) for rank in memory)
     if host > hardware.host_memory_bytes.value:
         return (
-            f"{per_node} ranks of a node need {host / 1e9:.0f} GB of host memory, more than its "
+            f"the ranks of a node need {host / 1e9:.0f} GB of host memory, more than its "
             f"{hardware.host_memory_bytes.value / 1e9:.0f} GB"
         )
     return ""
@@ -108,24 +112,44 @@ def recommend(cfg: Config, shape: PlanShape, hardware: Hardware, world: int, wor
     found = Recommendation()
     planner = _Planner(cfg, shape, hardware, world, work)
     ordered = sorted(planner.timed(found), key=lambda pair: pair[0])
-    per_node = min(world, hardware.devices_per_node)
-    for _, setting in ordered:
-        if any(_layout(choice.setting) == _layout(setting) for choice in found.choices):
-            continue
-        memory = planner.memory(setting)
-        if problem := misfit(memory, hardware, per_node):
-            host = "of a node need" in problem
-            found.refused[NO_HOST if host else NO_MEMORY] += 1
-            found.faster += not found.choices
-            need = max(rank.worst()[1] for rank in memory)
-            if not host and (found.nearest is None or need < found.nearest[1]):
-                found.nearest = setting, need
-            continue
-        chosen = setting.of(cfg)
-        found.choices.append(Choice(setting, planner.time(chosen), memory))
-        if len(found.choices) == 2:
-            break
+    quickest = _first(ordered, planner, found, count=True)
+    if quickest is None:
+        return found
+    for _ in range(2):
+        if quickest is not None:
+            limit = quickest[0] * (1 + ALIKE)
+            alike = [pair for pair in ordered if quickest[0] <= pair[0] <= limit]
+            plainest = _first(sorted(alike, key=lambda pair: (_complexity(pair[1]), pair[0])), planner, found)
+            assert plainest is not None
+            found.choices.append(planner.choice(plainest[1]))
+            ordered = [pair for pair in ordered if _layout(pair[1])[:2] != _layout(plainest[1])[:2]]
+            quickest = _first(ordered, planner, found)
     return found
+
+
+def _first(
+    ordered: Iterable[tuple[float, Setting]], planner: _Planner, found: Recommendation, count: bool = False
+) -> tuple[float, Setting] | None:
+    """Return the first setting that fits; count those before it, if asked to, and remember which needs the least."""
+    for seconds, setting in ordered:
+        memory = planner.memory(setting)
+        problem = misfit(memory, planner.hardware, planner.per_node)
+        if not problem:
+            return seconds, setting
+        if count:
+            found.faster += 1
+            found.refused[NO_HOST if problem.startswith("the ranks of a node") else NO_MEMORY] += 1
+            need = max(rank.worst()[1] for rank in memory)
+            if found.nearest is None or need < found.nearest[1]:
+                found.nearest = setting, need
+    return None
+
+
+def _complexity(setting: Setting) -> int:
+    """Return how much a setting asks a reader to understand."""
+    parallel = setting.parallel
+    uneven, virtual = parallel.pipeline_layers is not None, parallel.virtual_pipeline_model_parallel_size > 1
+    return 2 * uneven + virtual + (parallel.pipeline_model_parallel_size > 1) + (setting.decoding is not None)
 
 
 class _Planner:
@@ -133,6 +157,7 @@ class _Planner:
 
     def __init__(self, cfg: Config, shape: PlanShape, hardware: Hardware, world: int, work: Workload) -> None:
         self.cfg, self.shape, self.hardware, self.world, self.work = cfg, shape, hardware, world, work
+        self.per_node = min(world, hardware.devices_per_node)
         self._device = Device(hardware, cfg.precision)
         self._failed: dict[object, list[RankMemory]] = {}
 
@@ -229,10 +254,11 @@ class _Planner:
         per_node = self.hardware.devices_per_node
         return program(setting.of(self.cfg), self.shape.text.num_layers, self.world, per_node)
 
-    def time(self, cfg: Config) -> StepTime:
-        """Predict the whole step."""
-        how = program(cfg, self.shape.text.num_layers, self.world, self.hardware.devices_per_node)
-        return step_time(self.hardware, self.shape, how, self.work)
+    def choice(self, setting: Setting) -> Choice:
+        """Return a setting with its whole step and its memory."""
+        return Choice(
+            setting, step_time(self.hardware, self.shape, self._program(setting), self.work), self.memory(setting)
+        )
 
     def memory(self, setting: Setting) -> list[RankMemory]:
         """Return what the ranks hold, or would hold in another setting that fails for the same phase.

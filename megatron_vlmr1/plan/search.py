@@ -16,6 +16,7 @@ from megatron_vlmr1.plan.shapes import PlanShape
 
 MICRO_BATCH_TOKENS = (4096, 8192, 16384, 32768, 65536)
 VIRTUAL = (1, 2, 4)  # chunks of a stage
+_UNEVEN_VIRTUAL = 2  # chunks of a stage, at most, where layers do not divide: nobody reads longer lists
 RECOMPUTE = (
     {"granularity": "none"},
     {"granularity": "selective", "modules": ["core_attn"]},
@@ -65,12 +66,13 @@ def layouts(cfg: Config, text: TextShape, world: int, per_node: int) -> Iterator
             break
         for pp in _divisors(world // tp):
             for vp in VIRTUAL if pp > 1 else (1,):
-                if pp * vp <= text.num_layers:
+                uneven = cut(text.num_layers, pp * vp)
+                if pp * vp <= text.num_layers and not (uneven and vp > _UNEVEN_VIRTUAL):
                     parallel = ParallelConfig(
                         tensor_model_parallel_size=tp,
                         pipeline_model_parallel_size=pp,
                         virtual_pipeline_model_parallel_size=vp,
-                        pipeline_layers=cut(text.num_layers, pp * vp),
+                        pipeline_layers=uneven,
                         sequence_parallel=tp > 1,
                         timeout_s=cfg.parallel.timeout_s,
                     )

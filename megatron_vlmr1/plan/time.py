@@ -91,7 +91,6 @@ class StepTime:
         phases: what each takes, by part, and what a rank sends in it; those of `PHASES` that there are.
         world: ranks.
         micro_batches: of a rank in one pass.
-        bubble: idle share of the pipeline in the update, of equal stages.
         language_flops: useful ones of a step, all ranks.
         vision_flops: the same of the tower.
         trained_tokens: of completions, in a step.
@@ -105,7 +104,6 @@ class StepTime:
     phases: Mapping[str, Cost]
     world: int
     micro_batches: int
-    bubble: float
     language_flops: float
     vision_flops: float
     trained_tokens: float
@@ -153,7 +151,6 @@ def step_time(hardware: Hardware, shape: PlanShape, how: Program, work: Workload
         phases=phases,
         world=how.place.world,
         micro_batches=task.batch.count,
-        bubble=passes.bubble_share(how.place, task.batch.count),
         language_flops=language,
         vision_flops=vision,
         trained_tokens=work.prompts * work.generations * work.completion_tokens,
