@@ -19,7 +19,7 @@ from megatron_vlmr1 import __version__, errors
 from megatron_vlmr1.cli.common import configure_logging
 from megatron_vlmr1.runtime.ranks import identity
 
-VERBS = ("train", "evaluate", "generate", "convert", "shards", "rewards", "report", "drill")
+VERBS = ("train", "evaluate", "generate", "convert", "shards", "rewards", "report", "drill", "plan")
 
 _DESCRIPTION = "R1-style reinforcement learning for vision-language models on megatron-core."
 _EPILOG = """\

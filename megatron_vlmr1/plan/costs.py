@@ -89,8 +89,8 @@ class Device:
         self._attention = self._plain * hardware.efficiency.attention.value
         self._launch = hardware.overheads.launch_s.value
         self._latency = {
-            "nvlink": hardware.nvlink_latency_s.value,
-            "network": hardware.network_latency_s.value,
+            "nvlink": hardware.overheads.nvlink_latency_s.value,
+            "network": hardware.overheads.network_latency_s.value,
             "pcie": 0.0,
         }
 

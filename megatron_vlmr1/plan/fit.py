@@ -37,11 +37,13 @@ RATES = {
     "nvlink": "B/s",
     "network": "B/s",
     "pcie": "B/s",
+    "nvlink_latency": "s",
+    "network_latency": "s",
     "launch": "s",
     "tick": "s",
 }
 """What a benchmark may measure, and its unit: matrix products in bf16 by their size class, attention by useful pairs,
-bytes moved, bytes that a rank sends in a ring, and the host's seconds a kernel and a tick of generation."""
+bytes moved, bytes that a rank sends in a ring; seconds of a collective's hop, of launching a kernel, of a tick."""
 
 _PRIOR = 0.003  # weight of the numbers that there were, against one phase; a doubling costs what half a percent does
 _ROUNDS = 60

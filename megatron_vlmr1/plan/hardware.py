@@ -61,12 +61,16 @@ class Efficiency(Section):
 
 
 class Overheads(Section):
-    """Seconds that the host needs, whatever the size."""
+    """Seconds that are needed whatever the size."""
 
+    nvlink_latency_s: Number
+    """Of one hop of a collective within a node."""
+    network_latency_s: Number
+    """Of one hop between nodes."""
     launch_s: Number
-    """Of one kernel, from Python."""
+    """Of one kernel on the host, from Python."""
     tick_s: Number
-    """Of one tick of generation: sampling, the way of tokens to the host, bookkeeping."""
+    """Of one tick of generation on the host: sampling, the way of tokens to the host, bookkeeping."""
     step_s: Number
     """Of one step, outside generation and passes."""
     rewards_s: Number
@@ -94,9 +98,6 @@ class Hardware(Section):
     """Between a device and its host, each way."""
     disk_bytes_per_s: Number
     """Of one node, writing checkpoints."""
-    nvlink_latency_s: Number
-    """Of one hop of a collective within a node."""
-    network_latency_s: Number
     efficiency: Efficiency
     overheads: Overheads
 
