@@ -75,10 +75,6 @@ def run(args: argparse.Namespace) -> int:
     shape = _shape(cfg, args.model)
     work = workload(cfg, shape.vision, args.prompt_tokens, args.image_tokens, args.completion_tokens)
     plan = document(cfg, shape, hardware, args.gpus, work)
-    if args.chart:
-        from megatron_vlmr1.plan.chart import draw
-
-        draw(plan, Path(args.chart))
     if args.json:
         print_json(plan)
     else:
@@ -87,6 +83,10 @@ def run(args: argparse.Namespace) -> int:
         from megatron_vlmr1.plan.tables import show
 
         show(plan, Console(width=None if sys.stdout.isatty() else 140, highlight=False, soft_wrap=True))
+    if args.chart and (plan["best"] or "memory" in plan["own"]):
+        from megatron_vlmr1.plan.chart import draw
+
+        draw(plan, Path(args.chart))
     if "refused" in plan["own"]:
         raise ValueError(f"{args.config} on {args.gpus} x {hardware.name}: {plan['own']['refused']}")
     return DONE

@@ -23,7 +23,8 @@ def document(cfg: Config, shape: PlanShape, hardware: Hardware, world: int, work
 
     Returns:
         ``own``, ``best`` and ``second`` (null where there is none) with ``layout``, ``step_s``, ``phases``, ``memory``,
-        ``host_bytes``, ``rates``, ``flops`` and ``checkpoint``; seconds, bytes and FLOPs.
+        ``host_bytes``, ``rates``, ``flops`` and ``checkpoint``; seconds, bytes and FLOPs. Where nothing
+        fits, ``nearest`` needs the least, and ``fits_from`` says how many devices would do.
     """
     found = recommend(cfg, shape, hardware, world, work)
     choices = [_choice(choice, cfg) for choice in found.choices] + [None, None]
@@ -42,15 +43,24 @@ def document(cfg: Config, shape: PlanShape, hardware: Hardware, world: int, work
         "refused": dict(found.refused),
         "quicker_without_room": found.faster,
         "nearest": None,
+        "fits_from": None if found.choices else _fits_from(cfg, shape, hardware, world, work),
     }
     if found.nearest is not None:
         setting, need = found.nearest
         out["nearest"] = {"overrides": setting.overrides(cfg), "peak_bytes": need}
     if found.choices:
-        out["best"]["why"] = _why_best(found, out)
+        out["best"]["why"] = _why_best(found)
     if len(found.choices) > 1:
         out["second"]["why"] = _why_second(*found.choices)
     return out
+
+
+def _fits_from(cfg: Config, shape: PlanShape, hardware: Hardware, world: int, work: Workload) -> Document | None:
+    """Return how many devices would do, in doublings, and with what; None where 16 times as many do not."""
+    for gpus in (world << doubling for doubling in range(1, 5)):
+        if choices := recommend(cfg, shape, hardware, gpus, work).choices:
+            return {"gpus": gpus, "overrides": choices[0].setting.overrides(cfg)}
+    return None
 
 
 def _own(cfg: Config, shape: PlanShape, hardware: Hardware, world: int, work: Workload) -> Document:
@@ -118,7 +128,7 @@ def _cost(cost: Cost) -> Document:
     return {"seconds": cost.seconds, "parts": dict(cost.seconds_by_part), "sent_bytes": sent}
 
 
-def _why_best(found: Recommendation, out: Document) -> list[str]:
+def _why_best(found: Recommendation) -> list[str]:
     best = found.choices[0]
     phase, cost = max(best.time.phases.items(), key=lambda pair: pair[1].seconds)
     part, seconds = max(cost.seconds_by_part.items(), key=lambda pair: pair[1])
@@ -133,11 +143,7 @@ def _why_best(found: Recommendation, out: Document) -> list[str]:
             "train.prompts_per_step allows few data-parallel copies; a larger step would use the devices better"
         )
     if found.faster:
-        need = out["nearest"]["peak_bytes"] / 1e9
-        lines.append(
-            f"{found.faster:,} settings would be quicker and do not fit; the one that needs the least, {need:.1f} GB a "
-            f"rank: {' '.join(out['nearest']['overrides']) or 'the config as it is'}"
-        )
+        lines.append(f"{found.faster:,} settings would be quicker and do not fit")
     return lines
 
 

@@ -54,7 +54,7 @@ class Recommendation:
         settings: how many there were.
         refused: how many of them for which reason; those slower than the choices were not asked for their memory.
         faster: settings that would be quicker than any that fits.
-        nearest: of these the one that needs the least, and its bytes.
+        nearest: of what does not fit the setting that needs the least, and its bytes.
     """
 
     choices: list[Choice] = field(default_factory=list)
@@ -62,6 +62,11 @@ class Recommendation:
     refused: Counter[str] = field(default_factory=Counter)
     faster: int = 0
     nearest: tuple[Setting, int] | None = None
+
+    def note(self, setting: Setting, need: int) -> None:
+        """Remember a setting that does not fit, if it needs less than the others."""
+        if self.nearest is None or need < self.nearest[1]:
+            self.nearest = setting, need
 
 
 def room(hardware: Hardware) -> float:
@@ -139,9 +144,7 @@ def _first(
         if count:
             found.faster += 1
             found.refused[NO_HOST if problem.startswith("the ranks of a node") else NO_MEMORY] += 1
-            need = max(rank.worst()[1] for rank in memory)
-            if found.nearest is None or need < found.nearest[1]:
-                found.nearest = setting, need
+            found.note(setting, max(rank.worst()[1] for rank in memory))
     return None
 
 
@@ -173,7 +176,7 @@ class _Planner:
                 kinds = list(search.decodings(text, parallel, per_node))
             number = len(kinds) * len(budgets) * len(recomputes)
             found.settings += number
-            problem = self._problem(parallel, copies)
+            problem = self._problem(parallel, copies, found)
             if problem:
                 found.refused[problem] += number
                 continue
@@ -185,7 +188,7 @@ class _Planner:
                     setting = Setting(parallel, budget, recompute, decoding, search.lanes(cfg, copies))
                     yield rollout_s + training_s, setting
 
-    def _problem(self, parallel: ParallelConfig, copies: int) -> str:
+    def _problem(self, parallel: ParallelConfig, copies: int, found: Recommendation) -> str:
         """Return the first rule that a layout breaks, without its numbers; "" for none."""
         try:
             self.shape.check_layout(parallel)
@@ -198,19 +201,22 @@ class _Planner:
             )
         if self.cfg.train.prompts_per_step % copies:
             return f"train.prompts_per_step={self.cfg.train.prompts_per_step} is not a multiple of the copies"
-        return self._static_misfit(parallel, copies)
+        return self._static_misfit(parallel, copies, found)
 
-    def _static_misfit(self, parallel: ParallelConfig, copies: int) -> str:
-        """Refuse by weights, gradients and optimizer state alone, which no setting changes."""
-        how = self._program(Setting(parallel, 1 << 40, RecomputeConfig(), None, copies))
-        item = self._device.item
-        for stage in range(how.place.pp):
-            language, tower = passes.stage_parameters(self.shape, how.place, stage)
+    def _static_misfit(self, parallel: ParallelConfig, copies: int, found: Recommendation) -> str:
+        """Refuse by weights, gradients and optimizer state alone, which no setting of a layout changes."""
+        setting = Setting(parallel, self.cfg.train.micro_batch_tokens, RecomputeConfig(), None, copies)
+        place, item = self._program(setting).place, self._device.item
+        most = 0.0
+        for stage in range(place.pp):
+            language, tower = passes.stage_parameters(self.shape, place, stage)
             trained = language + (0 if self.cfg.model.freeze_vision else tower)
             state = trained * (8 + 4 * (item < 4)) / copies
-            if (language + tower) * item + trained * 4 + state > room(self.hardware):
-                return f"{NO_MEMORY} by weights, gradients and optimizer state alone"
-        return ""
+            most = max(most, (language + tower) * item + trained * 4 + state)
+        if most <= room(self.hardware):
+            return ""
+        found.note(setting, int(most))
+        return f"{NO_MEMORY} by weights, gradients and optimizer state alone"
 
     def _rollouts(
         self, parallel: ParallelConfig, kinds: list[tuple[int, int] | None], found: Recommendation, times: int

@@ -29,6 +29,10 @@ def show(document: Document, console: Console) -> None:
         console.print(Text(f"\nThe config's own layout is refused: {own['refused']}"))
     if best is None:
         console.print(Text(f"\nNothing fits {document['gpus']} x {document['gpu']}."))
+        if near := document["nearest"]:
+            console.print(Text(f"The least: {gb(near['peak_bytes'])} a rank with {' '.join(near['overrides'])}"))
+        if more := document["fits_from"]:
+            console.print(Text(f"{more['gpus']} would do, with {' '.join(more['overrides'])}"))
     for name, plan in (("Recommended", best), ("Second best", document["second"])):
         if plan is not None:
             console.print(Text(f"\n{name}: {layout_text(plan['layout'])}", style="bold"))
@@ -156,7 +160,8 @@ def _closing(plan: Document) -> Iterator[Text]:
         f"{rates['perf/tokens_per_s_per_gpu']:,.0f} completion tokens/s/GPU "
         f"({rates['sequence_tokens_per_s_per_gpu']:,.0f} with the prompt counted for each completion), "
         f"{rates['perf/tflops']:.0f} TFLOP/s/GPU, MFU {rates['perf/mfu_lm']:.1%} language + "
-        f"{rates['perf/mfu_vit']:.1%} vision; {flops['language'] / 1e15:.2f} + {flops['vision'] / 1e15:.2f} PFLOP a step"
+        f"{rates['perf/mfu_vit']:.1%} vision; a step is {flops['language'] / 1e15:.2f} + {flops['vision'] / 1e15:.2f} "
+        "PFLOP"
     )
     yield Text(
         f"checkpoint: {gb(saved['weights_bytes'])} of weights and {gb(saved['optimizer_bytes'])} of optimizer state, "
