@@ -14,7 +14,7 @@ from megatron_vlmr1.plan.tables import layout_text  # noqa: E402
 
 
 def draw(document: Document, path: Path) -> None:
-    """Write the fullest rank's memory as a PNG: in the config's own layout and in the recommended one, if they are there."""
+    """Write the fullest rank's memory as a PNG, in the config's own layout and in the recommended one, if there."""
     plans = [("own", document["own"]), ("recommended", document["best"])]
     plans = [(name, plan) for name, plan in plans if plan is not None and "memory" in plan]
     stages = [fullest(plan) for _, plan in plans]
