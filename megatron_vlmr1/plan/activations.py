@@ -117,8 +117,11 @@ class Layer:
 
     @property
     def mlp(self) -> int:
-        """Bytes that the feed-forward layer keeps: gate and up, silu(gate), and the product."""
-        return 4 * self.batch.tokens * self.widths.ffn * self.widths.item
+        """Bytes that the feed-forward layer keeps: gate and up together, up + 0, silu(gate), and the product.
+
+        megatron-core adds `glu_linear_offset`, which is 0, to the upper half, and so keeps it twice.
+        """
+        return 5 * self.batch.tokens * self.widths.ffn * self.widths.item
 
     def kept(self, recompute: RecomputeConfig) -> int:
         """Bytes from forward to backward of a layer that is not recomputed as a whole."""
@@ -147,18 +150,20 @@ class Layer:
 
     @property
     def forward(self) -> int:
-        """Bytes of the dearest moment of a forward pass that keeps nothing."""
+        """Bytes of the dearest moment of a forward pass that keeps nothing.
+
+        The residual stream is there as it came in, with attention's output, and normed.
+        """
         w, t = self.widths, self.batch.tokens
-        normed = self.input
         gathered = t * w.hidden * w.item if w.shards > 1 else 0
-        mlp = t * 4 * w.ffn * w.item
+        mlp = self.mlp
         copies = sum(
             b.query_rows * w.query * (2 if b.copies_queries else 1) + b.key_rows * 2 * w.key * b.copies_keys + b.mask
             for b in self.batch.buckets
         )
         attention = t * (w.whole_fused + w.query + w.key) * w.item + copies * w.item
         turning = t * (w.whole_fused + w.key + 4 * w.query) * w.item
-        return self.input + normed + gathered + max(mlp, attention, turning)
+        return 3 * self.input + gathered + max(mlp, attention, turning)
 
     @property
     def plan(self) -> int:

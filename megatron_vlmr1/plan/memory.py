@@ -137,6 +137,9 @@ class _Rank:
         }
         if self.cfg.parallel.sequence_parallel:  # megatron-core's global memory buffer, never given back
             out["gather buffer"] = batch.tokens * self.shape.text.hidden_size * self.item
+        # A chunk remembers the last input that another stage sent it, and that has its gradient.
+        sent = len(chunks) - (self.stage == 0)
+        out["pipeline input"] = 2 * sent * Layer(self._widths(), batch).input
         if self.cfg.train.replica_check_every:
             out["checksums"] = CHECKSUM_NUMBERS[self.device] * INDEX
         return out
@@ -256,6 +259,11 @@ class _Rank:
         largest_tensor = max(max((*c.layer, c.embedding, c.output)) for c in chunks)
         return {"gathered": self.tp * largest_tensor * self.item if self.tp > 1 else 0}
 
+    def _published(self) -> int:
+        """Parameters of the whole stage as they are published, neither cut nor padded."""
+        whole = self.cfg.parallel.model_copy(update={"tensor_model_parallel_size": 1})
+        return sum(chunk.parameters for chunk in stage_chunks(self.shape, whole, self.stage))
+
     def _host(self, chunks: Sequence[Chunk]) -> Parts:
         cfg, parameters = self.cfg, sum(chunk.parameters for chunk in chunks)
         shard = -(-self._buffer(chunks) // self.dp)
@@ -263,8 +271,7 @@ class _Rank:
         if cfg.method == "grpo" and cfg.grpo.beta > 0:
             out["reference"] = parameters * self.item
         if cfg.train.async_save:
-            whole = parameters * self.tp * self.item
-            out["staged save"] = whole + shard * (MASTER_BYTES + MOMENT_BYTES)
+            out["staged save"] = self._published() * self.item + shard * (MASTER_BYTES + MOMENT_BYTES)
         last = MASTER_BYTES + MOMENT_BYTES
         out["last save"] = self._buffer(chunks) * last * 2  # fully_reshardable: gathered, then in order
         if self.shape.vision is not None:

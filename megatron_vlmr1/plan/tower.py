@@ -44,8 +44,8 @@ class Tower:
 
     @property
     def _angles(self) -> int:
-        """Bytes of cosines and sines, which all blocks share."""
-        return self._rows * 2 * self.shape.hidden_size // self.shape.num_heads * FP32
+        """Bytes of cosines and sines, which all blocks share, and of the angles, half as wide."""
+        return self._rows * 5 * self.shape.hidden_size // self.shape.num_heads // 2 * FP32
 
     @property
     def _gathered(self) -> int:
@@ -94,5 +94,7 @@ class Tower:
         d, wide = s.hidden_size, s.intermediate_size
         turning = n * (2 * d * self.item + 3 * d * self.item + 6 * d * FP32 + (2 * d * FP32 if self.item < FP32 else 0))
         mlp = n * (2 * d + 3 * wide) * self.item
-        frames = patches(self.share[:1]) * s.patch_dim * 2 * self.item + n * d * self.item
+        # An image at a time: its patches, where they are not in the host's memory and fp32, and with all frames.
+        frame = patches(self.share[:1]) * s.patch_dim * self.item
+        frames = frame + (frame // s.temporal_patch_size if self.item < FP32 else 0) + n * d * self.item
         return max(turning, mlp, frames) + self._angles + self._gathered
