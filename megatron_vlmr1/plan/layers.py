@@ -14,8 +14,8 @@ from megatron_vlmr1.plan.layout import Layout
 from megatron_vlmr1.plan.workload import Packed, tower_pairs
 
 # Kernels of a layer or block: counted with a TorchDispatchMode, views left out.
-_LAYER_KERNELS = {"forward": 51, "backward": 75}
-_BLOCK_KERNELS = {"forward": 34, "backward": 77}
+LAYER_KERNELS = {"forward": 51, "backward": 75}
+BLOCK_KERNELS = 34  # forward; backward has about twice as many
 _HEAD_KERNELS = 49
 # Bytes that one number moves, in bf16 with fp32 inside: read and written by the operations one after another.
 _NORM_BYTES = 24  # to fp32, normalise, back, times the weight
@@ -55,7 +55,7 @@ def layer(device: Device, text: TextShape, place: Layout, batch: Packed, backwar
         "memory": device.moved(moved * tokens * device.item / 2 * (2 if backward else 1))
         + (device.moved(weights * _ACCUMULATED_BYTES) if backward else 0.0),
     }
-    compute = Cost(device.with_launches(parts, _LAYER_KERNELS["backward" if backward else "forward"]))
+    compute = Cost(device.with_launches(parts, LAYER_KERNELS["backward" if backward else "forward"]))
     return compute + _layer_traffic(device, text, place, tokens, backward)
 
 
@@ -143,6 +143,6 @@ def tower(device: Device, vision: VisionShape, grid: tuple[int, int], images: fl
         "tower attention": device.attention(pairs, hidden),
         "tower memory": device.moved(vision.depth * moved * patches * device.item / 2),
     }
-    compute = Cost(device.with_launches(parts, vision.depth * _BLOCK_KERNELS["forward"]))
+    compute = Cost(device.with_launches(parts, vision.depth * BLOCK_KERNELS))
     rows = tokens * place.tp * vision.out_hidden_size * device.item  # padded to the largest share
     return total((compute, device.all_gather(place.tp_link, place.tp, rows, "images")))

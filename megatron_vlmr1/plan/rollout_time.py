@@ -17,8 +17,8 @@ from megatron_vlmr1.plan.workload import Packed, Workload
 from megatron_vlmr1.rollout.cache_size import CacheSize, fit
 from megatron_vlmr1.telemetry.flops import causal_pairs
 
-_KERNELS = 35  # of a layer in a tick, and of sampling: counted with a TorchDispatchMode, views left out
-_SAMPLING_KERNELS = 37
+LAYER_KERNELS = 35  # of a layer in a tick, and of sampling: counted with a TorchDispatchMode, views left out
+SAMPLING_KERNELS = 37
 _SAMPLING_BYTES = 40  # of one logit: to fp32, banned, maximum, exponentials, sums, cumulative sums
 _TAIL_POINTS = 8  # moments at which the draining of the cache is looked at
 
@@ -184,7 +184,7 @@ def _round(
             "matmul": device.products([(math.ceil(rows), vocabulary, text.hidden_size)], "decode"),
             "memory": device.moved(_SAMPLING_BYTES * rows * vocabulary),
         },
-        _SAMPLING_KERNELS,
+        SAMPLING_KERNELS,
         device.graphs,
     )
     tick = Cost({"tick": device.hardware.overheads.tick_s.value})
@@ -224,7 +224,7 @@ def _layer_tick(
         ),
         "cache": device.moved(cached, "decode"),
     }
-    compute = Cost(device.with_launches(parts, _KERNELS, device.graphs))
+    compute = Cost(device.with_launches(parts, LAYER_KERNELS, device.graphs))
     if tp == 1:
         return compute
     traffic = device.all_reduce(which.tp_link, tp, rows * text.hidden_size * device.item, "tensor parallel") * 2
