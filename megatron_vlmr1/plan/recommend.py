@@ -267,19 +267,22 @@ class _Planner:
         )
 
     def memory(self, setting: Setting) -> list[RankMemory]:
-        """Return what the ranks hold, or would hold in another setting that fails for the same phase.
+        """Return what the ranks hold, or would hold in another setting that fails for the same reason.
 
-        Training's phases do not depend on what generates, nor the rollout on what is computed again.
+        Training's phases do not depend on what generates, nor the rollout on what is computed again, nor host memory on
+        either.
         """
         layout, budget = _layout(setting), setting.micro_batch_tokens
-        keys = {True: (layout, budget, setting.decoding), False: (layout, budget, str(setting.recompute))}
-        for key in keys.values():
+        rollout, training = (layout, budget, setting.decoding), (layout, budget, str(setting.recompute))
+        for key in (layout, rollout, training):
             if key in self._failed:
                 return self._failed[key]
         memory = rank_memory(setting.of(self.cfg), self.shape, self.world, self.hardware.device)
         phase, count = max((rank.worst() for rank in memory), key=lambda worst: worst[1])
         if count > room(self.hardware):
-            self._failed[keys[phase == "rollout"]] = memory
+            self._failed[rollout if phase == "rollout" else training] = memory
+        elif misfit(memory, self.hardware, self.per_node):
+            self._failed[layout] = memory
         return memory
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_vlmr1.config import Config
-from megatron_vlmr1.data.bins import fill
 from megatron_vlmr1.models.shape import VisionShape, padded
 from megatron_vlmr1.plan.load import largest_grid
 from megatron_vlmr1.telemetry.flops import causal_pairs, vision_pairs
@@ -106,12 +105,14 @@ def packed(work: Workload, copies: int, budget: int, at_least: int, turns: int, 
         cuts = -(-work.generations // room)
     rows = work.generations / cuts  # completions of a part, on average
     part = math.ceil(prompt + rows * fed)
-    bins = fill([1] * (groups * cuts), [part] * (groups * cuts), budget, at_least)
-    each = groups * cuts / len(bins)
+    # Parts are alike: what `data.bins.fill` comes to is the fewest bins of so many that all have room for their share.
+    number, fitting = groups * cuts, max(1, budget // part)
+    bins = max(-(-number // fitting), min(number, at_least))
+    each = number / bins
     pairs = _pairs(prompt) + rows * _pairs(fed, prompt)
     return Packed(
-        count=len(bins),
-        empty=-len(bins) % turns,
+        count=bins,
+        empty=-bins % turns,
         prompts=each,
         images=each if work.grid else 0.0,
         tokens=padded(math.ceil(each * part), multiple),
