@@ -48,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
         "--fit",
         action="append",
         metavar="RUN_DIR|FILE.json",
-        help="fit the hardware file to finished runs, or to rates that tools/bench/gpu.py measured",
+        help="fit the hardware file to finished runs, or to rates that a benchmark measured",
     )
     parser.add_argument("--write", metavar="FILE.yaml", help="where --fit writes the fitted hardware file")
     add_overrides(parser)

@@ -1,7 +1,6 @@
 """A calibration from what was measured: phases of finished runs, and single rates of a benchmark. No torch.
 
-A benchmark says a rate itself; ``tools/bench/gpu.py`` writes a list of rows {"name", "unit", "value"} by `RATES`. A
-finished run says the seconds of whole phases; the numbers that explain them best are searched for by damped
+A benchmark says a rate itself, in a JSON list of rows {"name", "unit", "value"} by `RATES`. A finished run says the seconds of whole phases; the numbers that explain them best are searched for by damped
 Gauss-Newton on logarithms (D. Marquardt, 1963), held near the numbers that there were by a weak prior: what the runs
 say nothing about stays.
 """
