@@ -71,12 +71,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_plan(cfg: Config, nproc: int | None) -> None:
     """Print the layout, the memory of a rank and the work of a step as YAML comments."""
-    from megatron_vlmr1.checkpoint.locate import hf_directory
-    from megatron_vlmr1.models.families import read_shape
-    from megatron_vlmr1.plan.step import lines
+    from megatron_vlmr1.plan.lines import lines
+    from megatron_vlmr1.plan.shapes import read_plan_shape
 
-    shape = read_shape(hf_directory(cfg.model.path, check=False))
-    for line in lines(cfg, shape, rank_count(cfg, nproc)):
+    for line in lines(cfg, read_plan_shape(cfg.model.path), rank_count(cfg, nproc)):
         sys.stdout.write(f"# {line}\n")
 
 

@@ -51,6 +51,12 @@ class TextShape:
                 f"parallel.tensor_model_parallel_size={tp} and the model's {self.num_kv_heads} key/value heads: "
                 "one must divide the other"
             )
+        rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        if rows % tp:
+            return (
+                f"parallel.tensor_model_parallel_size={tp} does not divide the model's {rows} rows of queries, keys "
+                "and values"
+            )
         try:
             layout.layers_by_chunk(self.num_layers)
         except ValueError as error:

@@ -173,16 +173,17 @@ class Layer:
 
 
 def chunk_kept(layer: Layer, layers: int, recompute: RecomputeConfig) -> tuple[int, int]:
-    """Return bytes that a chunk of layers keeps for a micro-batch, and those that backward adds to compute again."""
-    if recompute.granularity == "selective":
-        again = layer.kept(RecomputeConfig()) - layer.kept(recompute)
-        return layers * layer.kept(recompute), again if layers else 0
-    if recompute.granularity == "none":
-        return layers * layer.kept(recompute), 0
-    unit = recompute.num_layers or 1
-    if recompute.method == "block":
-        units, whole, size = min(unit, layers), max(0, layers - unit), 1
-    else:
-        units, whole, size = layers // unit, 0, unit
+    """Return bytes that a chunk of layers keeps for a micro-batch, and those that backward adds to compute again.
+
+    Whole layers behind recomputed ones (`method` block) have given back what they kept when these are computed again.
+    """
     full = layer.kept(RecomputeConfig())
-    return units * layer.input + whole * full, size * full if units else 0
+    if recompute.granularity != "full":
+        kept = layer.kept(recompute)
+        return layers * kept, full - kept if layers else 0
+    unit = recompute.num_layers or 1
+    if recompute.method != "block":
+        return layers // unit * layer.input, unit * full if layers else 0
+    units = min(unit, layers)
+    whole = (layers - units) * full
+    return units * layer.input + whole, max(0, full - whole) if units else 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_vlmr1.config import Config, ParallelConfig
 from megatron_vlmr1.models.shape import padded
-from megatron_vlmr1.plan.activations import FP32, Layer, Widths
+from megatron_vlmr1.plan.activations import FP32, INDEX, Layer, Widths
 from megatron_vlmr1.plan.counts import cache_numbers, stage_layers
 from megatron_vlmr1.plan.load import Load
 from megatron_vlmr1.plan.parts import Parts, dearest, joined
@@ -111,8 +111,27 @@ class Generation:
         attended = rows * w.heads * (2 * keys * self.item + keys * FP32) + rows * (w.fused + 4 * w.ffn) * self.item
         if self.stage < self.layout.pipeline_model_parallel_size - 1:
             return {"decoding": attended}
-        tokens = padded(self.shape.text.vocab_size, self.layout.tensor_model_parallel_size)
-        own = tokens // self.layout.tensor_model_parallel_size
-        # In fp32: the logits, less their largest, and the exponentials; small vocabularies are added up in fp64.
-        drawn = rows * own * (2 * FP32 + (FP64 if own <= SMALL_VOCABULARY else FP32))
-        return dearest([{"decoding": attended}, {"logits": drawn}])
+        return dearest([{"decoding": attended}, {"logits": rows * self._drawn()}])
+
+    def _drawn(self) -> int:
+        """Bytes of logits and what comes of them, of one row (`rollout.sampling`, `rollout.filters`).
+
+        All is fp32 but for sums over small vocabularies. Filters look at whole rows, which each rank puts together.
+        """
+        cfg, tp = self.cfg.rollout, self.layout.tensor_model_parallel_size
+        whole = padded(self.shape.text.vocab_size, tp)
+        own = whole // tp
+        scaled = cfg.temperature != 1.0
+        sums = FP64 if own <= SMALL_VOCABULARY else 0
+        # The logits, divided by the temperature, less their largest, and the exponentials.
+        plain = own * ((3 + scaled) * FP32 + max(0, sums - FP32))
+        if (cfg.repetition_penalty, cfg.top_k, cfg.top_p, cfg.min_p) == (1.0, 0, 1.0, 0.0):
+            return plain
+        moments = [4 * FP32 + sums]  # whole rows, those that are kept, less their largest, and the exponentials
+        if tp > 1:
+            moments.append(3 * FP32)  # every rank's part, stacked, and side by side
+        if cfg.top_p < 1.0:  # whole rows, sorted with their order, probabilities and their running sums
+            moments.append((4 + scaled) * FP32 + INDEX)
+        if cfg.repetition_penalty != 1.0:  # whole rows and which are seen, both ways of changing them, and the choice
+            moments.append(4 * FP32 + 2)
+        return max(moments) * whole + (own * FP32 if tp > 1 else 0)

@@ -16,7 +16,7 @@ from megatron_vlmr1.plan.activations import FP32, INDEX, Layer, Widths, chunk_ke
 from megatron_vlmr1.plan.counts import Chunk, stage_chunks
 from megatron_vlmr1.plan.generation import Generation
 from megatron_vlmr1.plan.load import Load, MicroBatch, in_flight, largest
-from megatron_vlmr1.plan.parts import Parts, dearest, joined, total
+from megatron_vlmr1.plan.parts import Parts, dearest, joined, present, total
 from megatron_vlmr1.plan.shapes import PlanShape
 from megatron_vlmr1.plan.tower import Tower
 
@@ -119,7 +119,9 @@ class _Rank:
             "save": joined(resident, self._saving(chunks)),
         }
         parameters = sum(chunk.parameters for chunk in chunks)
-        return RankMemory(self.stage, parameters, phases, self._host(chunks))
+        return RankMemory(
+            self.stage, parameters, {p: present(parts) for p, parts in phases.items()}, self._host(chunks)
+        )
 
     def _buffer(self, chunks: Sequence[Chunk]) -> int:
         return sum(chunk.buffer(self.dp, self.trains_tower) for chunk in chunks)
@@ -186,7 +188,13 @@ class _Rank:
             moments.append({"vision tower": tower.forward, "activations": layer.input})
             images = tuple(grid for each in batches for grid in each.grids)
             kept = {"kept embeddings": Tower(tower.shape, images, self.tp, self.item).embeddings}
-        return joined(kept, dearest(moments))
+        return dearest([joined(kept, dearest(moments)), self._exchange(chunks)])
+
+    def _exchange(self, chunks: Sequence[Chunk]) -> Parts:
+        """Return the parameter that waits in host memory while the reference's takes its place."""
+        if self.device != "cpu" or not self.cfg.grpo.beta:
+            return {}
+        return {"reference": max(chunk.largest for chunk in chunks) * self.item}
 
     def _head_forward(self, batch: MicroBatch) -> int:
         """Bytes of hidden states that labels are predicted from, and of a tile of logits."""
@@ -220,7 +228,8 @@ class _Rank:
             out.append(joined(held, self._head_kept(batch), self._head_backward(batch)))
         if tower and self.trains_tower:
             out.append({"vision tower": tower_kept + tower.backward(recompute.tower), **self._tied()})
-        out.append({"output layer": 2 * self._tied().get("output layer", 0)})
+        # A tied embedding's two gradients, and their sum.
+        out.append({"output layer": 3 * self._tied().get("output layer", 0)})
         return out
 
     def _tied(self) -> Parts:

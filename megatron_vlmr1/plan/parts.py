@@ -26,6 +26,6 @@ def dearest(moments: Iterable[Parts]) -> Parts:
     return max(moments, key=total, default={})
 
 
-def times(parts: Mapping[str, int], count: int) -> Parts:
-    """Return every part `count` times."""
-    return {name: n * count for name, n in parts.items()}
+def present(parts: Mapping[str, int]) -> Parts:
+    """Return the parts that take anything."""
+    return {name: count for name, count in parts.items() if count}

@@ -1,114 +1,209 @@
-"""The plan counts what the model really has."""
+"""What a plan says of a step: work, parts that are known by hand, and how they move with the settings."""
 
 from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_vlmr1 import config
-from megatron_vlmr1.checkpoint.locate import hf_directory
 from megatron_vlmr1.cli.main import main
-from megatron_vlmr1.models.families import read_shape
-from megatron_vlmr1.plan.step import StepPlan, lines, plan
+from megatron_vlmr1.plan.lines import lines, step_work
+from megatron_vlmr1.plan.load import Load, in_flight, largest, largest_grid
+from megatron_vlmr1.plan.memory import RankMemory, rank_memory
+from megatron_vlmr1.plan.shapes import PlanShape, read_plan_shape
+
+TINY = read_plan_shape("asset:tiny_vlm")
 
 
-def settings(tp: int = 1, pp: int = 1, **sections: object) -> config.Config:
-    parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+def settings(tp: int = 1, pp: int = 1, **sections: Any) -> config.Config:
+    parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, **sections.pop("parallel", {})}
     raw = {"model": {"path": "-"}, "data": {"train": "-"}, "precision": "fp32", "parallel": parallel, **sections}
     return config.parse(raw, "test")
 
 
-def test_one_rank_holds_what_transformers_counts() -> None:
-    from transformers import AutoModelForImageTextToText
-
-    directory = hf_directory("asset:tiny_vlm")
-    model = AutoModelForImageTextToText.from_pretrained(directory)
-    (only,) = plan(settings(), read_shape(directory), 1)
-    count = sum(p.numel() for p in model.parameters())
-    assert only.parameters == count
-    assert (only.weights_bytes, only.gradients_bytes, only.optimizer_bytes) == (4 * count, 4 * count, 8 * count)
-    assert only.reference_bytes == 4 * count
-    # 4 layers x (key and value) x 2 heads of 32 numbers of 4 bytes
-    assert only.kv_cache_bytes == 262_144 * 4 * 2 * 2 * 32 * 4
+def plan(cfg: config.Config, world: int = 1, shape: PlanShape = TINY) -> list[RankMemory]:
+    return rank_memory(cfg, shape, world, "cpu")
 
 
-def test_layouts_share_out() -> None:
-    shape = read_shape(hf_directory("asset:tiny_vlm"))
-    (one,) = plan(settings(), shape, 1)
-    (half,) = plan(settings(tp=2), shape, 4)
-    vision = one.parameters - plan(settings(pp=2), shape, 2)[0].parameters  # less than all: some layers are elsewhere
-    assert one.parameters / 2 < half.parameters < one.parameters and vision > 0
-    assert half.optimizer_bytes == 8 * half.parameters // 2  # two data-parallel ranks share it
-    first, last = plan(settings(pp=2), shape, 2)
-    tied_copy = shape.text.vocab_size * shape.text.hidden_size
-    assert first.parameters + last.parameters == one.parameters + tied_copy
-    bf16 = plan(settings(precision="bf16", grpo={"beta": 0.0}, model={"path": "-", "freeze_vision": True}), shape, 1)[0]
-    assert bf16.weights_bytes == 2 * bf16.parameters and bf16.reference_bytes == 0
-    assert bf16.optimizer_bytes == 3 * bf16.gradients_bytes < 12 * bf16.parameters
+def test_what_is_there_all_the_time() -> None:
+    (one,) = plan(settings())
+    buffer = one.phases["save"]["weights"] // 4
+    assert one.parameters <= buffer < 1.01 * one.parameters  # alignment
+    parts = {part: one.phases["save"][part] for part in ("weights", "gradients", "optimizer")}
+    assert parts == {"weights": 4 * buffer, "gradients": 4 * buffer, "optimizer": 8 * buffer}
+    assert one.host["reference"] == 4 * one.parameters
+    halved = plan(settings(), 2)[0]
+    assert halved.phases["save"]["optimizer"] == 4 * buffer and halved.phases["save"]["gradients"] == 4 * buffer
+    (bf16,) = plan(settings(precision="bf16", grpo={"beta": 0.0}, model={"path": "-", "freeze_vision": True}))
+    held = bf16.phases["save"]
+    assert held["optimizer"] == 3 * held["gradients"] < 12 * bf16.parameters
+    assert held["weights"] - held["gradients"] // 2 == 2 * (TINY_TOWER := _tower()) and TINY_TOWER > 0
+    assert "reference" not in bf16.host
 
 
-def test_uneven_and_virtual_stages() -> None:
-    """Where each layer lies is worked out by hand for four layers on two stages."""
-    shape = read_shape(hf_directory("asset:tiny_vlm"))
+def _tower() -> int:
+    from megatron_vlmr1.plan.counts import tower_tensors
 
-    def stages(**parallel: object) -> list[StepPlan]:
-        layout = {"pipeline_model_parallel_size": 2, **parallel}
-        return plan(settings(pp=2).model_copy(update={"parallel": config.ParallelConfig(**layout)}), shape, 2)
-
-    even, uneven = stages(), stages(pipeline_layers=[1, 3])
-    virtual = stages(virtual_pipeline_model_parallel_size=2)
-    t = shape.text
-    qkv = (t.num_heads + 2 * t.num_kv_heads) * t.head_dim
-    layer = 2 * t.hidden_size + (t.hidden_size + 1) * qkv + t.hidden_size * t.num_heads * t.head_dim
-    layer += 3 * t.hidden_size * t.ffn_hidden_size
-    assert [s.parameters for s in uneven] == [even[0].parameters - layer, even[1].parameters + layer]
-    assert [s.kv_cache_bytes for s in uneven] == [even[0].kv_cache_bytes // 2, even[0].kv_cache_bytes // 2 * 3]
-    assert [s.parameters for s in virtual] == [s.parameters for s in even]
-    shifted = stages(virtual_pipeline_model_parallel_size=2, pipeline_layers=[1, 1, 1, 1])
-    assert shifted == virtual
-    cfg = config.parse(
-        {
-            "model": {"path": "-"},
-            "data": {"train": "-"},
-            "parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-        },
-        "test",
-    )
-    assert next(lines(cfg, shape, 4)) == "4 ranks: tensor 1 x pipeline 2 (in 2 virtual stages) x data 2"
+    return sum(tower_tensors(TINY))
 
 
-def test_work_grows_with_passes() -> None:
-    shape = read_shape(hf_directory("asset:tiny_vlm"))
-    plain = plan(settings(grpo={"beta": 0.0}), shape, 1)[0]
-    with_reference = plan(settings(grpo={"beta": 0.04}), shape, 1)[0]
-    assert with_reference.step_flops / plain.step_flops == pytest.approx(5 / 4)
-    refilling = plan(settings(grpo={"beta": 0.0, "dynamic_sampling_rounds": 5}), shape, 1)[0]
-    assert refilling.step_flops / plain.step_flops == pytest.approx(8 / 4)
-    assert plain.step_tokens == 16 * (2048 + 8 * 256)
+def test_a_cache_and_a_copy_for_generation() -> None:
+    """Their numbers by hand: two heads of 32 in four layers, keys and values, of 4 bytes."""
+    work = {"data": {"train": "-", "max_prompt_tokens": 100}, "train": {"prompts_per_step": 3}}
+    rollout = {"num_generations": 4, "max_new_tokens": 20}
+    (one,) = plan(settings(**work, rollout=rollout))
+    a_token = 4 * 2 * 2 * 32 * 4
+    assert one.phases["rollout"]["KV cache"] == (3 * 100 + 12 * 20) * a_token
+    small = settings(**work, rollout={**rollout, "max_cache_tokens": 200})
+    assert plan(small)[0].phases["rollout"]["KV cache"] == (100 + 4 * 20) * a_token
+    with pytest.raises(ValueError, match="max_cache_tokens=100 is too small"):
+        plan(settings(**work, rollout={**rollout, "max_cache_tokens": 100}))
+    copied = plan(settings(pp=2, **work, rollout={**rollout, "tensor_model_parallel_size": 1}), 2)
+    # Each of the two ranks generates two of the three prompts, on all four layers.
+    assert [s.phases["rollout"]["decoding copy"] for s in copied] == [4 * one.parameters] * 2
+    assert [s.phases["rollout"]["KV cache"] for s in copied] == [(2 * 100 + 8 * 20) * a_token] * 2
+    assert all("decoding copy" not in s.phases[phase] for s in copied for phase in ("logprobs", "update", "save"))
+    with pytest.raises(ValueError, match=r"rollout.tensor_model_parallel_size=2 x .*does not divide the 1 ranks"):
+        settings(rollout={"tensor_model_parallel_size": 2})
 
 
-def test_refusals_and_the_dry_run(capfd: pytest.CaptureFixture[str]) -> None:
-    shape = read_shape(hf_directory("asset:tiny_vlm"))
-    with pytest.raises(ValueError, match="3 ranks are not a multiple of tensor x pipeline = 2"):
-        list(lines(settings(tp=2), shape, 3))
+def test_micro_batches_are_cut_as_the_update_cuts_them() -> None:
+    """Against `data.packing`, with prompts and completions of the same lengths."""
+    import numpy as np
+
+    from megatron_vlmr1.data.packing import PackedGroup, pack, split_by_tokens
+    from megatron_vlmr1.types import Prompt
+
+    load = Load(prompts=5, generations=4, prompt_tokens=30, new_tokens=11, grids=())
+    ids = np.zeros(30, np.int64)
+    prompts = [Prompt(i, str(i), ids, np.tile(np.arange(30), (3, 1)), (), "", "") for i in range(5)]
+    groups = [PackedGroup(p, (np.zeros(11, np.int64),) * 4, (0, 1, 2, 3)) for p in prompts]
+    for budget in (45, 60, 75, 100, 200, 1000):
+        for pp in (1, 2, 4):
+            cfg = settings(pp=pp, train={"micro_batch_tokens": budget})
+            parts = [pack(part, 999, 1) for part in split_by_tokens(groups, budget, pp)]
+            found = load.micro_batches(cfg)
+            assert [b.tokens for b in found] == [len(part.token_ids) for part in parts]
+            assert [b.labels for b in found] == [len(part.label_ids) for part in parts]
+
+
+def test_buckets_are_those_of_attention() -> None:
+    """Rows and masks against the plan that a layer really uses, text and windows of an odd image."""
+    from megatron_vlmr1.models.attention import AttentionPlan
+    from megatron_vlmr1.models.segments import Segment
+    from megatron_vlmr1.models.vision import _layout, _segments
+    from megatron_vlmr1.plan.load import buckets, windows
+
+    segments = [Segment(0, 9), *(Segment(9 + 5 * i, 14 + 5 * i, (0, 9)) for i in range(3)), Segment(24, 25)]
+    made = AttentionPlan(segments)._buckets
+    assert [(b.batch, b.mask is not None) for b in made] == [(b.batch, b.masked) for b in buckets(segments)]
+    shapes = [tuple(b.mask.shape) for b in made if b.mask is not None]
+    assert shapes == [(b.batch, 1, b.queries, b.keys) for b in buckets(segments) if b.masked] == [(3, 1, 5, 14)]
+    copied = [(not isinstance(b.queries, slice), not isinstance(b.keys, slice)) for b in made]
+    assert copied == [(b.copies_queries, b.copies_keys) for b in buckets(segments)]
+    assert TINY.vision is not None  # windows of two units a side
+    grids = [(1, 10, 14), (1, 8, 8), (1, 10, 14)]
+    sizes = [n for grid in grids for n in _layout(grid, 2, 2).windows.tolist()]
+    made = AttentionPlan(_segments(sizes), causal=False)._buckets
+    rows = [(b.batch, b.mask is not None) for b in made]
+    assert sorted(rows) == sorted((b.batch, b.masked) for b in windows(TINY.vision, grids)) and len(rows) == 3
+
+
+def test_micro_batches_in_flight() -> None:
+    """1F1B: as many as there are stages behind; interleaved: megatron-core's count, chunks by turns."""
+    for stage in range(4):
+        assert max(sum(c.values()) for c in in_flight(stage, 4, 1, 8)) == 4 - stage
+    assert max(sum(c.values()) for c in in_flight(0, 4, 1, 2)) == 2
+    most = max(in_flight(0, 4, 2, 8), key=lambda c: sum(c.values()))
+    assert sum(most.values()) == 2 * 3 + 4 + 1 and max(c[0] for c in in_flight(0, 4, 2, 8)) == 8
+    assert all(c == Counter({0: 1}) for c in in_flight(0, 1, 1, 3))
+
+
+def test_settings_that_save_memory_do() -> None:
+    def update(**sections: Any) -> int:
+        return plan(settings(train={"micro_batch_tokens": 4096}, **sections))[0].peak("update")
+
+    none = update()
+    selective = update(recompute={"granularity": "selective"})
+    mlp = update(recompute={"granularity": "selective", "modules": ["core_attn", "mlp"]})
+    block = update(recompute={"granularity": "full", "method": "block", "num_layers": 2})
+    full = update(recompute={"granularity": "full"})
+    assert none > selective > mlp > full and none > block > full
+    assert update(recompute={"granularity": "full", "tower": True}) <= full
+    assert update(model={"path": "-", "freeze_vision": True}) < none
+    split = plan(settings(tp=2, parallel={"sequence_parallel": True}, train={"micro_batch_tokens": 4096}), 2)
+    whole = plan(settings(tp=2, train={"micro_batch_tokens": 4096}), 2)
+    assert split[0].phases["update"]["activations"] < whole[0].phases["update"]["activations"]
+
+
+def test_the_largest_step() -> None:
+    cfg = settings(data={"train": "-", "max_prompt_tokens": 2048, "max_pixels": 1003520})
+    assert TINY.vision is not None and largest_grid(cfg, TINY.vision) == (1, 70, 72)  # 35 x 36 of 1280 tokens
+    assert largest(cfg, TINY, 4).prompts == 4  # of 16
+    small = settings(data={"train": "-", "max_prompt_tokens": 164})
+    assert largest_grid(small, TINY.vision) == (1, 20, 20)  # 64 tokens are left to the text
+    tokens, flops = step_work(settings(grpo={"beta": 0.0}), TINY)
+    assert tokens == 16 * (2048 + 8 * 256)
+    assert step_work(settings(grpo={"beta": 0.04}), TINY)[1] / flops == pytest.approx(5 / 4)
+    refilling = settings(grpo={"beta": 0.0, "dynamic_sampling_rounds": 5})
+    assert step_work(refilling, TINY)[1] / flops == pytest.approx(8 / 4)
+
+
+LLAMA = {
+    **dict(architectures=["LlamaForCausalLM"], hidden_size=4096, num_hidden_layers=32, num_attention_heads=32),
+    **dict(num_key_value_heads=8, intermediate_size=14336, vocab_size=128256, max_position_embeddings=8192),
+}
+QWEN3 = {
+    **dict(architectures=["Qwen3ForCausalLM"], hidden_size=2048, num_hidden_layers=28, num_attention_heads=16),
+    **dict(num_key_value_heads=8, intermediate_size=6144, vocab_size=151936, head_dim=128, tie_word_embeddings=True),
+}
+QWEN2 = {
+    **dict(architectures=["Qwen2ForCausalLM"], hidden_size=896, num_hidden_layers=24, num_attention_heads=14),
+    **dict(num_key_value_heads=2, intermediate_size=4864, vocab_size=151936, tie_word_embeddings=True),
+}
+
+
+@pytest.mark.parametrize("raw", [LLAMA, QWEN3, QWEN2], ids=["llama", "qwen3", "qwen2"])
+def test_text_models_hold_what_transformers_counts(tmp_path: Path, raw: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind = raw["architectures"][0].removesuffix("ForCausalLM").lower()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, **raw}))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(tmp_path)))
+    shape = read_plan_shape(tmp_path / "config.json")
+    (one,) = plan(settings(), 1, shape)
+    assert one.parameters == sum(p.numel() for p in model.parameters())
+    assert "vision tower" not in one.phases["update"] and shape.vision is None and shape.vlm is None
+
+
+def test_refusals_and_the_dry_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="3 ranks cannot hold"):
+        list(lines(settings(tp=2), TINY, 3))
+    with pytest.raises(ValueError, match="tensor_model_parallel_size=3 does not divide the model's 4 attention heads"):
+        plan(settings(tp=3), 3)
+    path = tmp_path / "config.json"
+    for raw, why in (
+        ({"architectures": ["MixtralForCausalLM"]}, "architecture 'MixtralForCausalLM' cannot be planned"),
+        ({**LLAMA, "attention_bias": True}, "attention_bias=true"),
+        ({**LLAMA, "num_hidden_layers": 0}, "num_layers: 0 is not a positive"),
+        ({**LLAMA, "hidden_size": "wide"}, "missing or malformed"),
+        ([], "not an object"),
+    ):
+        path.write_text(json.dumps(raw))
+        with pytest.raises(ValueError, match=why):
+            read_plan_shape(path)
+    with pytest.raises(ValueError, match=r"nowhere: no such directory.* qwen2.5-vl-72b"):
+        read_plan_shape("nowhere")
     assert main(["train", "configs/quickstart.yaml", "--dry-run", "--nproc", "4"]) == 0
     out = capfd.readouterr().out
     assert "# 4 ranks: tensor 2 x pipeline 1 x data 2\n" in out and "# a rank of stage 0: " in out
-
-
-def test_a_copy_for_generation() -> None:
-    """Its weights are those of its own layout, and so is the cache."""
-    shape = read_shape(hf_directory("asset:tiny_vlm"))
-    (whole,) = plan(settings(), shape, 1)
-    copies = plan(settings(pp=2, rollout={"tensor_model_parallel_size": 1}), shape, 2)
-    assert [s.copy_bytes for s in copies] == [4 * whole.parameters] * 2
-    assert [s.kv_cache_bytes for s in copies] == [whole.kv_cache_bytes] * 2
-    halves = plan(settings(pp=2, rollout={"tensor_model_parallel_size": 2}), shape, 2)
-    (half,) = plan(settings(tp=2), shape, 2)
-    assert [s.copy_bytes for s in halves] == [4 * half.parameters] * 2
-    assert [s.kv_cache_bytes for s in halves] == [half.kv_cache_bytes] * 2 == [whole.kv_cache_bytes // 2] * 2
-    assert whole.copy_bytes == 0 and "copy for generation" not in "".join(lines(settings(), shape, 1))
-    assert f"copy for generation up to {4 * whole.parameters / 1e6:,.1f} MB" in "".join(
-        lines(settings(pp=2, rollout={"tensor_model_parallel_size": 1}), shape, 2)
-    )
-    with pytest.raises(ValueError, match=r"rollout.tensor_model_parallel_size=2 x .*does not divide the 1 ranks"):
-        settings(rollout={"tensor_model_parallel_size": 2})
+    assert "of a CPU, in the update (weights " in out and "host memory: reference " in out
+    virtual = {"virtual_pipeline_model_parallel_size": 2}
+    first = next(lines(settings(pp=2, parallel=virtual), TINY, 4))
+    assert first == "4 ranks: tensor 1 x pipeline 2 (in 2 virtual stages) x data 2"

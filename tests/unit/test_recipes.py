@@ -6,8 +6,8 @@ import pytest
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.cli.main import main
-from megatron_vlmr1.models.families import read_shape
-from megatron_vlmr1.plan.step import plan
+from megatron_vlmr1.plan.memory import rank_memory
+from megatron_vlmr1.plan.shapes import read_plan_shape
 from tests import recipes
 
 RANKS = {"3b": 8, "7b": 8, "32b": 16, "72b": 64}  # as their first lines say
@@ -22,9 +22,8 @@ def test_dry_run_and_memory(capfd, size):
     out = capfd.readouterr().out
     assert f"# {RANKS[size]} ranks: tensor " in out and "# a rank of stage 0: " in out
     cfg = config.load(recipes.path(size), [f"model.path={model}"])
-    for stage in plan(cfg, read_shape(model), RANKS[size]):
-        held = stage.weights_bytes + stage.gradients_bytes + stage.optimizer_bytes + stage.kv_cache_bytes
-        assert held < 0.7 * H100_BYTES  # the rest is for activations
+    for stage in rank_memory(cfg, read_plan_shape(model), RANKS[size]):
+        assert stage.worst()[1] < 0.9 * H100_BYTES, stage  # the rest is for what the allocator cannot use
 
 
 def test_what_is_among_them():

@@ -27,6 +27,18 @@ HUNDRED_MILLION: dict[str, Any] = {
     },
     "tied": False,
 }
+VOCABULARY: dict[str, Any] = {  # small but for its many tokens
+    "text": {
+        **dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+        **dict(intermediate_size=256, vocab_size=40_000),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+    },
+    "vision": {
+        **dict(depth=2, hidden_size=64, num_heads=4, intermediate_size=128, window_size=56),
+        "fullatt_block_indexes": [1],
+    },
+    "tied": True,
+}
 
 
 @dataclass(frozen=True)
@@ -60,15 +72,16 @@ def layout(tp: int = 1, pp: int = 1, vp: int = 1, sp: bool = False) -> dict[str,
 
 
 SHORT, LONG = load(4, 4, 128, 32, (12, 12)), load(2, 4, 640, 128, (40, 44))
-MICRO = {"micro_batch_tokens": 600}
+MICRO, SINGLE = {"micro_batch_tokens": 600}, {"micro_batch_tokens": 300}  # two groups each, and one
 CASES = {
     "tiny_one": Case(TINY, 1, {"train": MICRO}, SHORT),
     "tiny_tp2": Case(TINY, 2, {"parallel": layout(tp=2), "train": MICRO}, SHORT),
     "tiny_tp2_sp": Case(TINY, 2, {"parallel": layout(tp=2, sp=True), "train": MICRO}, SHORT),
     "tiny_pp2": Case(TINY, 2, {"parallel": layout(pp=2), "train": MICRO}, SHORT),
-    "tiny_pp2_vp2": Case(TINY, 2, {"parallel": layout(pp=2, vp=2), "train": MICRO}, SHORT),
+    "tiny_pp2_vp2": Case(TINY, 2, {"parallel": layout(pp=2, vp=2), "train": SINGLE}, SHORT),
+    "tiny_pp4": Case(TINY, 4, {"parallel": layout(pp=4), "train": SINGLE}, SHORT),
     "tiny_dp2": Case(TINY, 2, {"train": MICRO}, SHORT),
-    "tiny_tp2_pp2": Case(TINY, 4, {"parallel": layout(tp=2, pp=2), "train": MICRO}, SHORT),
+    "tiny_tp2_pp2": Case(TINY, 4, {"parallel": layout(tp=2, pp=2), "train": SINGLE}, SHORT),
     "tiny_copy": Case(
         TINY, 2, {"parallel": layout(pp=2), "rollout": {"tensor_model_parallel_size": 1}, "train": MICRO}, SHORT
     ),
@@ -82,6 +95,27 @@ CASES = {
     "tiny_bf16": Case(TINY, 1, {"precision": "bf16", "train": MICRO}, SHORT),
     "tiny_frozen": Case(TINY, 1, {"model": {"path": "-", "freeze_vision": True}, "train": MICRO}, SHORT),
     "tiny_beta0": Case(TINY, 1, {"grpo": {"beta": 0.0}, "train": MICRO}, SHORT),
+    "tiny_tp4": Case(TINY, 4, {"parallel": layout(tp=4), "train": MICRO}, SHORT),
+    "tiny_block": Case(
+        TINY,
+        1,
+        {"recompute": {"granularity": "full", "method": "block", "num_layers": 2}, "train": MICRO},
+        SHORT,
+    ),
+    "tiny_mlp": Case(
+        TINY,
+        1,
+        {"recompute": {"granularity": "selective", "modules": ["core_attn", "mlp"]}, "train": MICRO},
+        SHORT,
+    ),
+    "vocabulary_one": Case(VOCABULARY, 1, {"train": MICRO}, SHORT),
+    "vocabulary_untied_bf16": Case({**VOCABULARY, "tied": False}, 1, {"precision": "bf16", "train": MICRO}, SHORT),
+    "vocabulary_top_p": Case(VOCABULARY, 1, {"rollout": {"top_p": 0.9}, "train": MICRO}, SHORT),
+    "vocabulary_tp2_top_k": Case(
+        VOCABULARY, 2, {"parallel": layout(tp=2), "rollout": {"top_k": 50, "temperature": 0.7}, "train": MICRO}, SHORT
+    ),
+    "vocabulary_tp2": Case(VOCABULARY, 2, {"parallel": layout(tp=2), "train": MICRO}, SHORT),
+    "vocabulary_pp2": Case(VOCABULARY, 2, {"parallel": layout(pp=2), "train": MICRO}, SHORT),
     "100m_one": Case(HUNDRED_MILLION, 1, {"train": MICRO}, SHORT),
     "100m_tp2": Case(HUNDRED_MILLION, 2, {"parallel": layout(tp=2), "train": MICRO}, SHORT),
     "100m_pp2": Case(HUNDRED_MILLION, 2, {"parallel": layout(pp=2), "train": MICRO}, SHORT),

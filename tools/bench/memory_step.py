@@ -44,8 +44,8 @@ def measure(case: Case, folder: Path, mesh: Mesh, explain: bool = False) -> dict
     """Run two steps; return of the second one the peaks of memory, in bytes.
 
     Returns:
-        ``stage``; ``peaks``, of the device, and ``rss``, growth of resident memory from before the models were made,
-        by phase; ``host``, by part.
+        ``stage``; ``peaks``, of the device, and ``rss``, growth of the process from before the models were made, by
+        phase; ``host`` and ``resident`` (weights, gradients, optimizer), by part, as the tensors themselves have it.
     """
     from megatron_vlmr1.runtime import distributed
 
@@ -57,7 +57,13 @@ def measure(case: Case, folder: Path, mesh: Mesh, explain: bool = False) -> dict
         step = _Step(cfg, directory, mesh, step_load(case), live, before)
         step.run(1)
         step.run(2)
-    return {"stage": mesh.pp_rank, "peaks": step.peaks, "rss": step.rss, "host": step.host}
+    return {
+        "stage": mesh.pp_rank,
+        "peaks": step.peaks,
+        "rss": step.rss,
+        "host": step.host,
+        "resident": step.resident(),
+    }
 
 
 def _ignored(_: object) -> None:
@@ -111,6 +117,18 @@ class _Step:
         make = staging.empty
         staging.empty = lambda *args: self.live.mark_host(make(*args))
 
+    def resident(self) -> dict[str, int]:
+        """Bytes of weights, gradients and optimizer state on this rank."""
+        buffers = [buffer for chunk in self.policy.ddp for buffer in chunk.buffers]
+        weights = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in self.policy.parameters()}
+        state: dict[int, int] = {}
+        for tensor in (t for _, t in self.update.updater.replicas._optimizer_state()):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                state[storage._cdata] = storage.nbytes()
+        gradients = sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers)
+        return {"weights": sum(weights.values()), "gradients": gradients, "optimizer": sum(state.values())}
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Note the peaks of a block; within another phase, of that one only until here."""
@@ -138,9 +156,11 @@ class _Step:
         self.rss = dict.fromkeys(PHASES, 0.0)
         load = self.load
         with self.phase("rollout"):
-            completions = self.engine.generate(
-                self.prompts, load.generations, Sampling(load.new_tokens, frozenset(), seed=number)
+            cfg = self.cfg.rollout
+            sampling = Sampling(
+                load.new_tokens, frozenset(), cfg.temperature, seed=number, top_k=cfg.top_k, top_p=cfg.top_p
             )
+            completions = self.engine.generate(self.prompts, load.generations, sampling)
         rng = np.random.default_rng(number)
         groups = [
             Group(prompt, row, (), rng.standard_normal(len(row)).astype(np.float32))
