@@ -1,8 +1,8 @@
 """A calibration from what was measured: phases of finished runs, and single rates of a benchmark. No torch.
 
-A benchmark says a rate itself, in a JSON list of rows {"name", "unit", "value"} by `RATES`. A finished run says the seconds of whole phases; the numbers that explain them best are searched for by damped
-Gauss-Newton on logarithms (D. Marquardt, 1963), held near the numbers that there were by a weak prior: what the runs
-say nothing about stays.
+A benchmark says a rate itself, in a JSON list of rows {"name", "unit", "value"} by `RATES`. A finished run says the
+seconds of whole phases; the numbers that explain them best are searched for by damped Gauss-Newton on logarithms
+(D. Marquardt, 1963), held near the numbers that there were by a weak prior: what the runs say nothing about stays.
 """
 
 from __future__ import annotations
