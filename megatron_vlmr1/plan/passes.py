@@ -101,7 +101,9 @@ def through(task: Task, train: bool, tower: bool) -> Cost:
     or after it ends, a virtual stage's share of it where there are several (arXiv 2104.04473, section 2.2). But however
     the layers are cut, each micro-batch has to pass through all of them, the next a virtual stage behind.
     """
-    stages = [_stage(task, stage, train, tower) for stage in range(task.place.pp)]
+    kinds = [(task.place.layers[i :: task.place.pp], i == 0, i == task.place.pp - 1) for i in range(task.place.pp)]
+    costs = {kind: _stage(task, kinds.index(kind), train, tower) for kind in dict.fromkeys(kinds)}
+    stages = [costs[kind] for kind in kinds]
     longest, trip, vp = slowest(stages), sum(stage.seconds for stage in stages), task.place.vp
     busy = longest.seconds * task.batch.count
     whole = max(

@@ -163,6 +163,7 @@ class _Planner:
         self.per_node = min(world, hardware.devices_per_node)
         self._device = Device(hardware, cfg.precision)
         self._failed: dict[object, list[RankMemory]] = {}
+        self._tensor: dict[int, str] = {}
 
     def timed(self, found: Recommendation) -> Iterator[tuple[float, Setting]]:
         """Yield (seconds, setting) of what the program takes; count what it refuses."""
@@ -190,22 +191,28 @@ class _Planner:
 
     def _problem(self, parallel: ParallelConfig, copies: int, found: Recommendation) -> str:
         """Return the first rule that a layout breaks, without its numbers; "" for none."""
-        try:
-            self.shape.check_layout(parallel)
-        except ValueError:
-            heads = self.shape.text.num_heads % parallel.tensor_model_parallel_size
-            return (
-                "tensor parallelism does not divide the heads"
-                if heads
-                else ("tensor parallelism and key/value heads: neither divides the other")
-            )
+        if problem := self._tensor_problem(parallel.tensor_model_parallel_size):
+            return problem
         if self.cfg.train.prompts_per_step % copies:
             return f"train.prompts_per_step={self.cfg.train.prompts_per_step} is not a multiple of the copies"
         return self._static_misfit(parallel, copies, found)
 
+    def _tensor_problem(self, tp: int) -> str:
+        """Return why a tensor-parallel size does not go; layers are always cut so that they do."""
+        if tp not in self._tensor:
+            self._tensor[tp] = ""
+            try:
+                self.shape.check_layout(ParallelConfig(tensor_model_parallel_size=tp))
+            except ValueError:
+                heads = self.shape.text.num_heads % tp != 0
+                kv = "tensor parallelism and key/value heads: neither divides the other"
+                self._tensor[tp] = "tensor parallelism does not divide the heads" if heads else kv
+        return self._tensor[tp]
+
     def _static_misfit(self, parallel: ParallelConfig, copies: int, found: Recommendation) -> str:
         """Refuse by weights, gradients and optimizer state alone, which no setting of a layout changes."""
-        setting = Setting(parallel, self.cfg.train.micro_batch_tokens, RecomputeConfig(), None, copies)
+        lanes = search.lanes(self.cfg, copies)
+        setting = Setting(parallel, self.cfg.train.micro_batch_tokens, self.cfg.recompute, None, lanes)
         place, item = self._program(setting).place, self._device.item
         most = 0.0
         for stage in range(place.pp):

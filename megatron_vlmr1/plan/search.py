@@ -61,13 +61,13 @@ def layouts(cfg: Config, text: TextShape, world: int, per_node: int) -> Iterator
     Layers that do not divide are cut as evenly as can be, the ends of the pipeline shorter: they hold the embedding and
     the output layer as well.
     """
-    for tp in _divisors(world):
-        if tp > per_node:
-            break
-        for pp in _divisors(world // tp):
+    for tp in _divisors(world, per_node):
+        for pp in _divisors(world // tp, text.num_layers):
             for vp in VIRTUAL if pp > 1 else (1,):
+                if pp * vp > text.num_layers:
+                    continue
                 uneven = cut(text.num_layers, pp * vp)
-                if pp * vp <= text.num_layers and not (uneven and vp > _UNEVEN_VIRTUAL):
+                if not (uneven and vp > _UNEVEN_VIRTUAL):
                     parallel = ParallelConfig(
                         tensor_model_parallel_size=tp,
                         pipeline_model_parallel_size=pp,
@@ -95,7 +95,7 @@ def decodings(text: TextShape, parallel: ParallelConfig, per_node: int) -> Itera
     ranks, tp = parallel.ranks_of_a_copy, parallel.tensor_model_parallel_size
     if ranks == tp and parallel.pipeline_model_parallel_size == 1 and tp == 1:
         return
-    for tensor, pipeline in product(_divisors(min(ranks, per_node)), (1, 2)):
+    for tensor, pipeline in product(_divisors(ranks, per_node), (1, 2)):
         same = (tensor, pipeline) == (tp, parallel.pipeline_model_parallel_size)
         if ranks % (tensor * pipeline) == 0 and not same and text.num_layers % pipeline == 0:
             yield tensor, pipeline
@@ -112,8 +112,8 @@ def lanes(cfg: Config, copies: int) -> int:
     return padded(cfg.data.lanes, copies)
 
 
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+def _divisors(n: int, most: int) -> list[int]:
+    return [d for d in range(1, min(n, most) + 1) if n % d == 0]
 
 
 def _flat(raw: dict[str, object], prefix: str = "") -> dict[str, object]:

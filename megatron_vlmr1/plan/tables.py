@@ -28,11 +28,11 @@ def show(document: Document, console: Console) -> None:
     if "refused" in own:
         console.print(Text(f"\nThe config's own layout is refused: {own['refused']}"))
     if best is None:
-        console.print(Text(f"\nNothing fits {document['gpus']} x {document['gpu']}."))
+        console.print(Text(f"\nNo setting divides and fits {document['gpus']} x {document['gpu']}."))
         if near := document["nearest"]:
-            console.print(Text(f"The least: {gb(near['peak_bytes'])} a rank with {' '.join(near['overrides'])}"))
+            console.print(Text(f"The least: {gb(near['peak_bytes'])} a rank with {_words(near)}"))
         if more := document["fits_from"]:
-            console.print(Text(f"{more['gpus']} would do, with {' '.join(more['overrides'])}"))
+            console.print(Text(f"{more['gpus']} would do, with {_words(more)}"))
     for name, plan in (("Recommended", best), ("Second best", document["second"])):
         if plan is not None:
             console.print(Text(f"\n{name}: {layout_text(plan['layout'])}", style="bold"))
@@ -76,9 +76,13 @@ def _summary(plan: Document) -> Iterator[Text]:
         f"  {plan['step_s']:.2f} s a step, {plan['rates']['perf/tokens_per_s_per_gpu']:,.0f} completion tokens/s/GPU; "
         f"fullest rank {gb(count)} in the phase {phase}"
     )
-    yield Text("  " + " ".join(plan["overrides"]) if plan["overrides"] else "  the config as it is")
+    yield Text(f"  {_words(plan)}")
     for line in plan["why"]:
         yield Text(f"  - {line}")
+
+
+def _words(plan: Mapping[str, Any]) -> str:
+    return " ".join(plan["overrides"]) or "the config as it is"
 
 
 def _plan(plan: Document, document: Document) -> Iterator[RenderableType]:

@@ -95,7 +95,7 @@ def test_what_does_not_fit_says_what_would(capfd, tmp_path):
     assert main(["plan", *words, "--gpus", "8", "--chart", str(chart)]) == 2
     out, err = capfd.readouterr()
     assert "a rank of stage 0 needs " in err and "GB in the phase " in err and err.count("\n") == 1
-    assert "Nothing fits 8 x h100-80gb." in out and "The least: " in out and "16 would do, with " in out
+    assert "No setting divides and fits 8 x h100-80gb." in out and "The least: " in out and "16 would do, with " in out
     assert chart.read_bytes().startswith(b"\x89PNG")  # of the config's own layout
 
 
