@@ -73,7 +73,8 @@ def given(sequences: int, length: int) -> Workload:
 
 
 EASY = "512 prompts x 5 samples a step (its default), 350 prompt tokens of which 250 image, the rest completion, "
-EASY += "at most 2,048; one optimizer step for four; padding-free; full recompute (its default); FSDP's gathers counted"
+EASY += "at most 2,048; one optimizer step for four, and passes for old and reference log-probs; padding-free; full "
+EASY += "recompute (its default); FSDP's gathers counted"
 NEMO = "64 prompts x 32 samples, 150 prompt tokens; one optimizer step for four; passes for old and reference "
 NEMO += "log-probs; no recompute; longest completion 4,096 less the prompt"
 BRIDGE = "optimizer and data time as ours; no recompute"
@@ -133,7 +134,12 @@ def predict(point: Point, gpu: hardware.Hardware, peers: bool) -> tuple[StepTime
     how = Program(place=place_of(point, shape), graphs=peers, overlap=peers, **point.how)  # type: ignore[arg-type]
     step = step_time(gpu, shape, how, point.work, rollout=False)
     if how.grpo:
-        step = replace(step, phases={"rollout": generation(point, shape, gpu, how), **step.phases})
+        # Several optimizer steps on a rollout: the old policy's log-probs as well as the reference's, whose weights
+        # this program exchanges with host memory.
+        reference = step.phases["logprobs"]
+        old = reference.without("reference")
+        both = {"rollout": generation(point, shape, gpu, how), "logprobs": old + (old if peers else reference)}
+        step = replace(step, phases={**step.phases, **both})
     if not point.sharded:
         return step, 0.0
     device = Device(gpu, how.precision)
