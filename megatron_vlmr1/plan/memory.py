@@ -29,7 +29,7 @@ TILES = {"cpu": (1024, 512), "cuda": (4096, 8192)}  # `models.logprobs.TILES`: p
 CHECKSUM_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 22}  # `parallel.replicas`: weights of a checksum, int64
 # Assumed, not measured here: a CUDA context with its libraries' kernels, NCCL's buffers, and cuBLAS's workspace.
 RUNTIME_BYTES = {"cpu": 0, "cuda": 1_500_000_000}
-PROCESS_BYTES = 450_000_000  # measured on a CPU: Python with torch, megatron-core and transformers
+PROCESS_BYTES = 350_000_000  # measured on a CPU: Python with torch, megatron-core and transformers
 REWARD_PROCESS_BYTES = 150_000_000  # assumed: a Python process with numpy, and without torch
 SHARD_BYTES = 5 * 10**9  # `checkpoint.writer.MAX_SHARD_BYTES`
 
@@ -121,10 +121,8 @@ class _Rank:
             "update": joined(resident, self._update(chunks, batches)),
             "save": joined(resident, self._saving(chunks)),
         }
-        parameters = sum(chunk.parameters for chunk in chunks)
-        return RankMemory(
-            self.stage, parameters, {p: present(parts) for p, parts in phases.items()}, self._host(chunks)
-        )
+        held = {phase: present(parts) for phase, parts in phases.items()}
+        return RankMemory(self.stage, sum(chunk.parameters for chunk in chunks), held, self._host(chunks))
 
     def _buffer(self, chunks: Sequence[Chunk]) -> int:
         return sum(self._buckets(chunks))
@@ -212,11 +210,15 @@ class _Rank:
     def _update(self, chunks: Sequence[Chunk], batches: Sequence[MicroBatch]) -> Parts:
         """Return the dearest moment of forward and backward, or of the optimizer's step."""
         moments = [*self._passes(chunks, batches), self._optimizer_step(chunks)]
+        if self.tp > 1 and self.trains_tower:  # laid one after another, and summed over the tensor-parallel group
+            moments.append({"tower gradients": sum(chunks[0].tower) * GRADIENT_BYTES})
         return joined(self._embeddings(), dearest(moments))
 
     def _embeddings(self) -> Parts:
-        """Return image embeddings that are kept from the rollout: the reference's pass forgets those of a tower that
-        is trained, and a decoding copy takes its own along."""
+        """Return image embeddings that are kept from the rollout.
+
+        The reference's pass forgets those of a tower that is trained, and a decoding copy takes its own along.
+        """
         vision, cfg = self.shape.vision, self.cfg
         forgotten = self.trains_tower and (cfg.grpo.beta > 0 or decoding_layout(cfg) is not None)
         if vision is None or self.stage or cfg.method != "grpo" or forgotten:
