@@ -28,6 +28,7 @@ VERBS = (
     "shards",
     "rewards",
     "report",
+    "plan",
     "scaling",
     "doctor",
     "drill",

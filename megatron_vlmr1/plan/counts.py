@@ -37,8 +37,8 @@ class Chunk:
         """Parameters of this chunk."""
         return sum(self.tower) + self.embedding + sum(self.layer) * self.layers + self.norm + self.output
 
-    def buffer(self, dp: int, with_tower: bool) -> int:
-        """Numbers in the flat buffers that hold parameters, and in those that hold gradients.
+    def buckets(self, dp: int, with_tower: bool) -> list[int]:
+        """Numbers in each bucket of the flat buffers that hold parameters, and of those that hold gradients.
 
         A copy of a shared embedding has a bucket of its own, and so has what comes before and after it
         (`_does_param_require_new_bucket`).
@@ -52,7 +52,7 @@ class Chunk:
         vocabulary = [padded(n, _TENSOR_ALIGNMENT) for n in (self.embedding, self.output) if n]
         rest += padded(self.norm, _TENSOR_ALIGNMENT)
         buckets = [rest, *vocabulary, tower] if self.shared else [rest + sum(vocabulary) + tower]
-        return sum(padded(bucket, math.lcm(dp, _BUCKET_ALIGNMENT)) for bucket in buckets)
+        return [padded(bucket, math.lcm(dp, _BUCKET_ALIGNMENT)) for bucket in buckets if bucket]
 
     @property
     def largest(self) -> int:

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_vlmr1.config import Config
 from megatron_vlmr1.data.bins import fill
@@ -74,7 +75,13 @@ class Load:
         """Return the micro-batches of an update, as `Updater.micro_batches` cuts them."""
         layout, train = cfg.parallel, cfg.train
         multiple = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
-        budget = train.micro_batch_tokens // multiple * multiple
+        at_least = train.micro_batches or layout.pipeline_model_parallel_size
+        turns = layout.pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size > 1 else 1
+        return list(self._cut(train.micro_batch_tokens // multiple * multiple, at_least, turns, multiple))
+
+    @lru_cache(maxsize=1024)  # noqa: B019  # few, small and frozen; every stage and many plans ask for the same
+    def _cut(self, budget: int, at_least: int, turns: int, multiple: int) -> tuple[MicroBatch, ...]:
+        """Return micro-batches of at most `budget` tokens, their number a multiple of `turns`."""
         fed = self.new_tokens - 1
         whole = self.prompt_tokens + self.generations * fed
         parts = [self.generations] * self.prompts
@@ -82,11 +89,13 @@ class Load:
             cut = fill([fed] * self.generations, [fed] * self.generations, budget - self.prompt_tokens)
             parts = [len(part) for part in cut] * self.prompts
         sizes = [self.prompt_tokens + part * fed for part in parts]
-        at_least = train.micro_batches or layout.pipeline_model_parallel_size
         found = [[parts[i] for i in items] for items in fill(sizes, sizes, budget, at_least)] if parts else [[]]
-        if layout.virtual_pipeline_model_parallel_size > 1:
-            found += [[] for _ in range(-len(found) % layout.pipeline_model_parallel_size)]
-        return [self._packed(completions, multiple) for completions in found]
+        found += [[] for _ in range(-len(found) % turns)]
+        alike: dict[tuple[int, ...], MicroBatch] = {}
+        for completions in found:
+            if tuple(completions) not in alike:
+                alike[tuple(completions)] = self._packed(completions, multiple)
+        return tuple(alike[tuple(completions)] for completions in found)
 
     def _packed(self, completions: Sequence[int], multiple: int) -> MicroBatch:
         """Pack groups of so many completions each; groups of one micro-batch are of different prompts."""

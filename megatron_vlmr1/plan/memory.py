@@ -18,17 +18,20 @@ from megatron_vlmr1.plan.generation import Generation
 from megatron_vlmr1.plan.load import Load, MicroBatch, in_flight, largest
 from megatron_vlmr1.plan.parts import Parts, dearest, joined, present, total
 from megatron_vlmr1.plan.shapes import PlanShape
-from megatron_vlmr1.plan.tower import Tower
+from megatron_vlmr1.plan.tower import Tower, patches
 
 Device = Literal["cpu", "cuda"]
 PHASES = ("rollout", "logprobs", "update", "save")
 
 MASTER_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4  # of a parameter: fp32 master, two fp32 moments, fp32 gradient
+STATE_BYTES = MASTER_BYTES + MOMENT_BYTES  # as it is saved, in fp32 training too
 TILES = {"cpu": (1024, 512), "cuda": (4096, 8192)}  # `models.logprobs.TILES`: positions x tokens of one tile of logits
 CHECKSUM_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 22}  # `parallel.replicas`: weights of a checksum, int64
 # Assumed, not measured here: a CUDA context with its libraries' kernels, NCCL's buffers, and cuBLAS's workspace.
 RUNTIME_BYTES = {"cpu": 0, "cuda": 1_500_000_000}
+PROCESS_BYTES = 350_000_000  # measured on a CPU: Python with torch, megatron-core and transformers
 REWARD_PROCESS_BYTES = 150_000_000  # assumed: a Python process with numpy, and without torch
+SHARD_BYTES = 5 * 10**9  # `checkpoint.writer.MAX_SHARD_BYTES`
 
 
 @dataclass(frozen=True)
@@ -118,13 +121,14 @@ class _Rank:
             "update": joined(resident, self._update(chunks, batches)),
             "save": joined(resident, self._saving(chunks)),
         }
-        parameters = sum(chunk.parameters for chunk in chunks)
-        return RankMemory(
-            self.stage, parameters, {p: present(parts) for p, parts in phases.items()}, self._host(chunks)
-        )
+        held = {phase: present(parts) for phase, parts in phases.items()}
+        return RankMemory(self.stage, sum(chunk.parameters for chunk in chunks), held, self._host(chunks))
 
     def _buffer(self, chunks: Sequence[Chunk]) -> int:
-        return sum(chunk.buffer(self.dp, self.trains_tower) for chunk in chunks)
+        return sum(self._buckets(chunks))
+
+    def _buckets(self, chunks: Sequence[Chunk]) -> list[int]:
+        return [n for chunk in chunks for n in chunk.buckets(self.dp, self.trains_tower)]
 
     def _resident(self, chunks: Sequence[Chunk], batch: MicroBatch) -> Parts:
         """Return what is there from one step to the next."""
@@ -205,7 +209,22 @@ class _Rank:
 
     def _update(self, chunks: Sequence[Chunk], batches: Sequence[MicroBatch]) -> Parts:
         """Return the dearest moment of forward and backward, or of the optimizer's step."""
-        return dearest([*self._passes(chunks, batches), self._optimizer_step(chunks)])
+        moments = [*self._passes(chunks, batches), self._optimizer_step(chunks)]
+        if self.tp > 1 and self.trains_tower:  # laid one after another, and summed over the tensor-parallel group
+            moments.append({"tower gradients": sum(chunks[0].tower) * GRADIENT_BYTES})
+        return joined(self._embeddings(), dearest(moments))
+
+    def _embeddings(self) -> Parts:
+        """Return image embeddings that are kept from the rollout.
+
+        The reference's pass forgets those of a tower that is trained, and a decoding copy takes its own along.
+        """
+        vision, cfg = self.shape.vision, self.cfg
+        forgotten = self.trains_tower and (cfg.grpo.beta > 0 or decoding_layout(cfg) is not None)
+        if vision is None or self.stage or cfg.method != "grpo" or forgotten:
+            return {}
+        images = self.load.grids * self.load.prompts * max(1, cfg.grpo.dynamic_sampling_rounds)
+        return {"kept embeddings": Tower(vision, images, self.tp, self.item).embeddings}
 
     def _passes(self, chunks: Sequence[Chunk], batches: Sequence[MicroBatch]) -> list[Parts]:
         batch = max(batches, key=lambda batch: batch.tokens)
@@ -214,7 +233,7 @@ class _Rank:
         pp, vp = self.cfg.parallel.pipeline_model_parallel_size, len(chunks)
         flights = list(in_flight(self.stage, pp, vp, len(batches)))
         tower = self._tower(batch)
-        tower_kept = tower.kept(recompute.tower) + tower.embeddings if tower and self.trains_tower else 0
+        tower_kept = tower.kept(recompute.tower) if tower and self.trains_tower else 0
         shipped = layer.input * ((self.item < FP32) + (not self.is_last)) if pp > 1 else 0
         moments = []
         for flight in flights:
@@ -274,17 +293,31 @@ class _Rank:
         return sum(chunk.parameters for chunk in stage_chunks(self.shape, whole, self.stage))
 
     def _host(self, chunks: Sequence[Chunk]) -> Parts:
-        cfg, parameters = self.cfg, sum(chunk.parameters for chunk in chunks)
-        shard = -(-self._buffer(chunks) // self.dp)
-        out: Parts = {}
+        """Return this rank's share of its node's memory; the reward processes are the node's, whatever its ranks."""
+        cfg = self.cfg
+        out: Parts = {"process": PROCESS_BYTES}
         if cfg.method == "grpo" and cfg.grpo.beta > 0:
-            out["reference"] = parameters * self.item
+            out["reference"] = sum(chunk.parameters for chunk in chunks) * self.item
+        shard = -(-self._buffer(chunks) // self.dp)
         if cfg.train.async_save:
-            out["staged save"] = self._published() * self.item + shard * (MASTER_BYTES + MOMENT_BYTES)
-        last = MASTER_BYTES + MOMENT_BYTES
-        out["last save"] = self._buffer(chunks) * last * 2  # fully_reshardable: gathered, then in order
-        if self.shape.vision is not None:
-            numbers = sum(h * w for _, h, w in self.load.grids) * self.shape.vision.patch_dim
-            out["pixels"] = self.load.prompts * numbers // self.shape.vision.temporal_patch_size * FP32
-        out["reward processes"] = (cfg.rewards.workers + 1) * REWARD_PROCESS_BYTES if cfg.method == "grpo" else 0
+            out["staged save"] = self._published() * self.item + shard * STATE_BYTES
+        # `get_parameter_state_dp_zero`: all of the state; of one bucket besides this rank's shard, and one kind of
+        # numbers from every rank, in order, and the kind before it in order. Weights are gathered before that, a file
+        # at a time.
+        bucket = max(self._buckets(chunks))
+        state = self._buffer(chunks) * STATE_BYTES + bucket * 3 * FP32 + -(-bucket // self.dp) * STATE_BYTES
+        out["last save"] = max(state, min(self._published() * self.item, SHARD_BYTES))
+        out |= self._prompts()
+        if cfg.method == "grpo":
+            out["reward processes of the node"] = (cfg.rewards.workers + 1) * REWARD_PROCESS_BYTES
         return out
+
+    def _prompts(self) -> Parts:
+        """Return the images of a step's prompts, and of those that are read ahead: one frame in fp32."""
+        vision, data = self.shape.vision, self.cfg.data
+        if vision is None:
+            return {}
+        each = patches(self.load.grids) * vision.patch_dim // vision.temporal_patch_size * FP32
+        rounds = max(1, self.cfg.grpo.dynamic_sampling_rounds)
+        ahead = min(data.prefetch * each, data.prefetch_bytes) if data.workers else 0
+        return {"pixels": self.load.prompts * rounds * each, "prompts ahead": ahead}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_vlmr1.checkpoint.locate import hf_directory
 from megatron_vlmr1.config import Config, decoding_layout
+from megatron_vlmr1.config.rules import check_cache, check_shares
 from megatron_vlmr1.data.cache import open_cache
 from megatron_vlmr1.data.index import ShardSet
 from megatron_vlmr1.data.mixture import Mixture
@@ -30,7 +31,7 @@ def check_inputs(cfg: Config, world: int, trains: bool = True) -> None:
     shape.check_layout(cfg.parallel)
     if (layout := decoding_layout(cfg)) is not None:
         shape.check_layout(layout)
-    _check_cache(cfg)
+    check_cache(cfg)
     cfg.recompute.check(cfg.parallel.layers_by_chunk(shape.text.num_layers))
     copies = cfg.parallel.data_parallel_size(world)
     if trains:
@@ -41,31 +42,6 @@ def check_inputs(cfg: Config, world: int, trains: bool = True) -> None:
             read_shape(hf_directory(cfg.model.reference_path, check=False))
         if cfg.debug.replay_rollouts is not None and not Path(cfg.debug.replay_rollouts).is_dir():
             raise ValueError(f"debug.replay_rollouts={cfg.debug.replay_rollouts}: no such directory")
-
-
-def _check_cache(cfg: Config) -> None:
-    """Refuse a cache that the longest prompt would not fit: one rank would find out, in the middle of a run."""
-    layout = decoding_layout(cfg) or cfg.parallel
-    lanes = layout.pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size == 1 else 1
-    need = (cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens) * lanes
-    if cfg.rollout.max_cache_tokens < need:
-        each = f" on each of {lanes} pipeline stages" if lanes > 1 else ""
-        raise ValueError(
-            f"rollout.max_cache_tokens={cfg.rollout.max_cache_tokens} is too small: the longest prompt "
-            f"(data.max_prompt_tokens={cfg.data.max_prompt_tokens}) with one completion "
-            f"(rollout.max_new_tokens={cfg.rollout.max_new_tokens}){each} needs {need}"
-        )
-
-
-def check_shares(cfg: Config, copies: int) -> None:
-    """Check that so many copies of the model, the data-parallel ranks, can share out prompts and lanes.
-
-    Raises:
-        ValueError: one line that names the key.
-    """
-    for key, value in (("train.prompts_per_step", cfg.train.prompts_per_step), ("data.lanes", cfg.data.lanes)):
-        if value % copies:
-            raise ValueError(f"{key}={value} is not a multiple of the {copies} data-parallel ranks")
 
 
 def check_data(cfg: Config, trains: bool = True) -> None:

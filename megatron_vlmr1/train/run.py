@@ -16,6 +16,7 @@ import torch
 from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint.locate import hf_directory, weights_sha256
 from megatron_vlmr1.config import Config
+from megatron_vlmr1.config.rules import check_shares
 from megatron_vlmr1.data.cache import open_cache
 from megatron_vlmr1.data.feed import Feed, truncate_ledger
 from megatron_vlmr1.data.index import ShardSet
@@ -44,7 +45,6 @@ from megatron_vlmr1.telemetry.spikes import Spikes
 from megatron_vlmr1.telemetry.timers import PhaseTimers
 from megatron_vlmr1.telemetry.wandb_sink import WandbSink
 from megatron_vlmr1.train import loader
-from megatron_vlmr1.train.check import check_shares
 from megatron_vlmr1.train.checkpoints import Checkpoints
 from megatron_vlmr1.train.stragglers import Stragglers
 from megatron_vlmr1.train.watch import Watch

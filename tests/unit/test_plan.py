@@ -153,6 +153,18 @@ def test_the_largest_step() -> None:
     assert step_work(refilling, TINY)[1] / flops == pytest.approx(8 / 4)
 
 
+def test_numbers_of_the_program_that_a_plan_knows_without_torch() -> None:
+    from megatron_vlmr1.checkpoint.writer import MAX_SHARD_BYTES
+    from megatron_vlmr1.models.logprobs import TILES
+    from megatron_vlmr1.parallel import replicas
+    from megatron_vlmr1.plan import generation, memory
+    from megatron_vlmr1.rollout import sampling
+
+    assert memory.TILES == TILES and memory.SHARD_BYTES == MAX_SHARD_BYTES
+    assert memory.CHECKSUM_NUMBERS == {"cpu": replicas._CPU_CHUNK, "cuda": replicas._CUDA_CHUNK}
+    assert generation.SMALL_VOCABULARY == sampling._SMALL
+
+
 LLAMA = {
     **dict(architectures=["LlamaForCausalLM"], hidden_size=4096, num_hidden_layers=32, num_attention_heads=32),
     **dict(num_key_value_heads=8, intermediate_size=14336, vocab_size=128256, max_position_embeddings=8192),
@@ -203,7 +215,7 @@ def test_refusals_and_the_dry_run(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert main(["train", "configs/quickstart.yaml", "--dry-run", "--nproc", "4"]) == 0
     out = capfd.readouterr().out
     assert "# 4 ranks: tensor 2 x pipeline 1 x data 2\n" in out and "# a rank of stage 0: " in out
-    assert "of a CPU, in the update (weights " in out and "host memory: reference " in out
+    assert "of a CPU, in the " in out and "(weights " in out and "; host memory: process 350.0 MB, reference " in out
     virtual = {"virtual_pipeline_model_parallel_size": 2}
     first = next(lines(settings(pp=2, parallel=virtual), TINY, 4))
     assert first == "4 ranks: tensor 1 x pipeline 2 (in 2 virtual stages) x data 2"

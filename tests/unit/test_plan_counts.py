@@ -148,7 +148,7 @@ def test_flat_buffers_are_padded_as_megatron_core_pads_them():
     chunk = Chunk(tower=(100,), embedding=1000, layer=(10, 70), layers=2, norm=10, output=0, shared=False)
     assert chunk.parameters == 1270
     inner = 2 * (64 + 128) + 64 + 1024
-    assert chunk.buffer(1, with_tower=True) == padded(inner + 128, 128)
-    assert chunk.buffer(3, with_tower=False) == padded(inner, 384)
+    assert chunk.buckets(1, with_tower=True) == [padded(inner + 128, 128)]
+    assert chunk.buckets(3, with_tower=False) == [padded(inner, 384)]
     shared = Chunk(tower=(100,), embedding=1000, layer=(10, 70), layers=2, norm=0, output=0, shared=True)
-    assert shared.buffer(1, with_tower=True) == 384 + 1024 + 128
+    assert shared.buckets(1, with_tower=True) == [384, 1024, 128]

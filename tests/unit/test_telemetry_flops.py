@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vlmr1.models.shape import TextShape, VisionShape
+from megatron_vlmr1.plan.shapes import read_plan_shape
 from megatron_vlmr1.telemetry.flops import causal_pairs, language_flops, vision_flops, vision_pairs
 
 TEXT = TextShape(
@@ -79,25 +80,49 @@ def model():
 
 
 def counted(function):
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    """FLOPs as torch counts them; attention as plain matrix products, which the counter sees."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
-def test_language(model):
-    tokens, logit_tokens = 96, 10
+@pytest.mark.parametrize(("tokens", "share"), [(96, 0.1), (1024, 0.5)])
+def test_language(model, tokens, share):
+    """The counter sees the whole square of a masked attention, so it is whole squares that are compared."""
+    logit_tokens = 10
     ids = torch.randint(0, 490, (1, tokens))
-    measured = counted(lambda: model(input_ids=ids, logits_to_keep=logit_tokens, use_cache=False))
-    # The counter sees the whole square of a masked attention.
-    assert language_flops(TEXT, tokens, tokens**2, logit_tokens) == pytest.approx(measured, rel=0.01)
+
+    def forward():
+        return model(input_ids=ids, logits_to_keep=logit_tokens, use_cache=False).logits
+
+    ours = language_flops(TEXT, tokens, tokens**2, logit_tokens)
+    attention = ours - language_flops(TEXT, tokens, 0, logit_tokens)
+    assert attention / ours > share  # the long one: more than half of all
+    with torch.no_grad():
+        assert ours == pytest.approx(counted(forward), rel=0.01)
+    assert 3 * ours == pytest.approx(counted(lambda: forward().sum().backward()), rel=0.01)
 
 
-@pytest.mark.parametrize("grids", [[(1, 16, 16)], [(1, 10, 22), (1, 4, 6)], [(2, 12, 8)]])
+# The last ones: windows cut at both edges, frames, a full-attention block that outweighs the rest.
+@pytest.mark.parametrize("grids", [[(1, 16, 16)], [(1, 10, 22), (1, 4, 6)], [(2, 12, 8)], [(1, 46, 34), (3, 6, 10)]])
 def test_vision(model, grids):
     patches = sum(t * h * w for t, h, w in grids)
     pixels = torch.randn(patches, 1176)
-    measured = counted(lambda: model.model.visual(pixels, grid_thw=torch.tensor(grids)))
-    assert vision_flops(TOWER, grids) == pytest.approx(measured, rel=0.01)
+
+    def forward():
+        return model.model.visual(pixels, grid_thw=torch.tensor(grids)).pooler_output
+
+    ours = vision_flops(TOWER, grids)
+    with torch.no_grad():
+        assert ours == pytest.approx(counted(forward), rel=0.01)
+    pixels_gradient = 2 * patches * TOWER.patch_dim * TOWER.hidden_size  # nobody asks for it
+    measured = counted(lambda: forward().sum().backward())
+    assert 3 * ours - pixels_gradient == pytest.approx(measured, rel=0.01)
+
+
+def test_a_published_tower_hardly_needs_the_gradient_of_pixels():
+    tower = read_plan_shape("qwen2.5-vl-3b").vision
+    assert 2 * 46 * 34 * tower.patch_dim * tower.hidden_size < 0.001 * 3 * vision_flops(tower, [(1, 46, 34)])
 
 
 def test_pairs_by_counting():

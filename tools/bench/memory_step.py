@@ -45,7 +45,8 @@ def measure(case: Case, folder: Path, mesh: Mesh, explain: bool = False) -> dict
 
     Returns:
         ``stage``; ``peaks``, of the device, and ``rss``, growth of the process from before the models were made, by
-        phase; ``host`` and ``resident`` (weights, gradients, optimizer), by part, as the tensors themselves have it.
+        phase; ``host`` and ``resident`` (weights, gradients, optimizer), by part, as the tensors
+        themselves have it; ``process``, resident memory before anything of this.
     """
     from megatron_vlmr1.runtime import distributed
 
@@ -57,12 +58,14 @@ def measure(case: Case, folder: Path, mesh: Mesh, explain: bool = False) -> dict
         step = _Step(cfg, directory, mesh, step_load(case), live, before)
         step.run(1)
         step.run(2)
+        step.last_save()
     return {
         "stage": mesh.pp_rank,
         "peaks": step.peaks,
         "rss": step.rss,
         "host": step.host,
         "resident": step.resident(),
+        "process": before * MB,
     }
 
 
@@ -179,6 +182,15 @@ class _Step:
         self.host["staged save"] = self.checkpoints._staging.nbytes
         while self.checkpoints.under_way:
             self.checkpoints.poll()
+
+    def last_save(self) -> None:
+        """Save as a run does at its end; note what that takes of the host's memory."""
+        self.checkpoints._staging.clear()
+        self.live.begin()
+        before = self.live.peak
+        progress = {"step": 3, "consumed_samples": 0, "config": self.cfg.model_dump(mode="json")}
+        assert self.checkpoints.save(self.actor, self.optimizer, progress, {}, last=True, wait=True)
+        self.host["last save"] = self.live.peak - before
 
 
 class _Phases:

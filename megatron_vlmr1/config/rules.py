@@ -1,0 +1,34 @@
+"""What a config and a number of ranks must have in common, whatever the model. No torch: launchers and plans ask."""
+
+from __future__ import annotations
+
+from megatron_vlmr1.config.settings import Config, decoding_layout
+
+
+def check_cache(cfg: Config) -> None:
+    """Refuse a cache that the longest prompt would not fit: one rank would find out, in the middle of a run.
+
+    Raises:
+        ValueError: one line that names the key.
+    """
+    layout = decoding_layout(cfg) or cfg.parallel
+    lanes = layout.pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size == 1 else 1
+    need = (cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens) * lanes
+    if cfg.rollout.max_cache_tokens < need:
+        each = f" on each of {lanes} pipeline stages" if lanes > 1 else ""
+        raise ValueError(
+            f"rollout.max_cache_tokens={cfg.rollout.max_cache_tokens} is too small: the longest prompt "
+            f"(data.max_prompt_tokens={cfg.data.max_prompt_tokens}) with one completion "
+            f"(rollout.max_new_tokens={cfg.rollout.max_new_tokens}){each} needs {need}"
+        )
+
+
+def check_shares(cfg: Config, copies: int) -> None:
+    """Check that so many copies of the model, the data-parallel ranks, can share out prompts and lanes.
+
+    Raises:
+        ValueError: one line that names the key.
+    """
+    for key, value in (("train.prompts_per_step", cfg.train.prompts_per_step), ("data.lanes", cfg.data.lanes)):
+        if value % copies:
+            raise ValueError(f"{key}={value} is not a multiple of the {copies} data-parallel ranks")
