@@ -129,8 +129,10 @@ class Layer:
             return self.norms + self.around + self.core + self.mlp
         modules = recompute.modules or ["core_attn"]
         w, t = self.widths, self.batch.tokens
-        inputs = t * (w.query + w.key) * w.item  # of attention proper; the values lie in the fused row
-        core = inputs if "core_attn" in modules else self.core
+        # Of attention proper its queries and keys (the values lie in the fused row), and its output where that is not
+        # kept in another order anyway.
+        ends = w.query + w.key + (w.query if len(self.batch.buckets) == 1 else 0)
+        core = t * ends * w.item if "core_attn" in modules else self.core
         return self.norms + self.around + core + (0 if "mlp" in modules else self.mlp)
 
     @property

@@ -11,10 +11,13 @@ import pytest
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.cli.main import main
+from megatron_vlmr1.models.segments import Segment
+from megatron_vlmr1.plan.activations import Layer, Widths, chunk_kept
 from megatron_vlmr1.plan.lines import lines, step_work
-from megatron_vlmr1.plan.load import Load, in_flight, largest, largest_grid
+from megatron_vlmr1.plan.load import Load, MicroBatch, buckets, in_flight, largest, largest_grid, windows
 from megatron_vlmr1.plan.memory import RankMemory, rank_memory
 from megatron_vlmr1.plan.shapes import PlanShape, read_plan_shape
+from megatron_vlmr1.plan.tower import Tower
 
 TINY = read_plan_shape("asset:tiny_vlm")
 
@@ -94,9 +97,7 @@ def test_micro_batches_are_cut_as_the_update_cuts_them() -> None:
 def test_buckets_are_those_of_attention() -> None:
     """Rows and masks against the plan that a layer really uses, text and windows of an odd image."""
     from megatron_vlmr1.models.attention import AttentionPlan
-    from megatron_vlmr1.models.segments import Segment
     from megatron_vlmr1.models.vision import _layout, _segments
-    from megatron_vlmr1.plan.load import buckets, windows
 
     segments = [Segment(0, 9), *(Segment(9 + 5 * i, 14 + 5 * i, (0, 9)) for i in range(3)), Segment(24, 25)]
     made = AttentionPlan(segments)._buckets
@@ -138,6 +139,26 @@ def test_settings_that_save_memory_do() -> None:
     split = plan(settings(tp=2, parallel={"sequence_parallel": True}, train={"micro_batch_tokens": 4096}), 2)
     whole = plan(settings(tp=2, train={"micro_batch_tokens": 4096}), 2)
     assert split[0].phases["update"]["activations"] < whole[0].phases["update"]["activations"]
+
+
+# Bytes that autograd kept of one layer or block in bf16, measured on a CPU at the published widths (docs/decisions.md):
+# kB of a token and layer, and of a token and layer with core_attn and mlp recomputed.
+MEASURED = {"7b": (272, 83), "32b": (395, 120), "72b": (481, 187)}
+BLOCK_KB = 61  # of a patch and tower block
+
+
+@pytest.mark.parametrize("size", MEASURED)
+def test_layers_keep_what_was_measured_at_published_widths(size: str) -> None:
+    shape = read_plan_shape(f"qwen2.5-vl-{size}")
+    batch = MicroBatch(2048, 0, buckets([Segment(0, 2048)]), ())
+    layer = Layer(Widths.of(shape.text, config.ParallelConfig(), 2), batch)
+    parts = config.RecomputeConfig(granularity="selective", modules=["core_attn", "mlp"])
+    kept = [layer.kept(recompute) / 2048e3 for recompute in (config.RecomputeConfig(), parts)]
+    assert kept == pytest.approx(MEASURED[size], rel=0.01)
+    assert chunk_kept(layer, 1, config.RecomputeConfig(granularity="full"))[0] == 2048 * 2 * shape.text.hidden_size
+    assert shape.vision is not None
+    tower = Tower(shape.vision, ((1, 70, 72),), 1, 2)  # whose last windows are cut
+    assert tower._block(full=False) / (70 * 72) / 1e3 == pytest.approx(BLOCK_KB, rel=0.01)
 
 
 def test_the_largest_step() -> None:
