@@ -61,6 +61,8 @@ on_each_node() {
 # conclude STATUS: decides by outcome.json what follows srun, whose status says too little: 143 once one rank has left.
 conclude() {
     local code
+    # shellcheck disable=SC2046 # numbers
+    kill $(jobs -p) 2>/dev/null
     code=$(code "$VLMR1_LOG_DIR")
     cat "$VLMR1_LOG_DIR/srun.log"
     [ -z "$code" ] || say "$(cat "$VLMR1_LOG_DIR/outcome.json")"

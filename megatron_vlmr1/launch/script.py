@@ -160,9 +160,11 @@ def _gpus(cluster: Cluster) -> list[str]:
 def _service(request: Request) -> dict[str, Any]:
     """The job's second part: one node for the reward service."""
     cluster, rewards = request.cluster, request.cfg.rewards
+    megabytes = -(-cluster.reward_cpus * rewards.memory_bytes // 2**20)
     options = [
         *_placement(request, cluster.cpu_partition or cluster.partition),
         *("--nodes=1", "--ntasks-per-node=1", f"--cpus-per-task={cluster.reward_cpus}", "--requeue"),
+        *([f"--mem={megabytes}M"] if cluster.memory is not None else []),  # or the first part's would hold
     ]
     srun = ["--het-group=1", "--nodes=1", "--ntasks=1", f"--cpus-per-task={cluster.reward_cpus}"]
     arguments = ["--keys", str(request.keys), "--workers", str(cluster.reward_cpus)]

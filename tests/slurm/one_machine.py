@@ -101,7 +101,8 @@ class OneMachine:
             if (pid := _pid(path)) is not None:
                 psutil.Process(pid).send_signal(signal.SIGTERM)
         for process in self.processes():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def processes(self) -> list[psutil.Process]:
         """Processes of this cluster: their environment names its configuration, or their words its directory."""

@@ -36,6 +36,8 @@ def test_sixteen_ranks_on_two_nodes_have_a_gpu_each(runs: Runs) -> None:
 def test_one_rank_is_a_job_too(runs: Runs) -> None:
     run = runs.stand_in("one", DONE, nodes=1)
     assert run.end() == "COMPLETED", run.log
+    left = [p for p in psutil.process_iter() if f"job{int(run.jobs[0]):05}/slurm_script" in jobs.command_line(p)]
+    assert left == [], "the script leaves nothing running"
     assert [(who["rank"], who["world"], who["node"]) for who in run.said()] == [(0, 1, "n1")]
 
 

@@ -129,7 +129,7 @@ def test_every_fact_of_a_cluster_is_in_the_script(tmp_path: Path, monkeypatch: p
     ]
     assert second.split() == [
         *("--partition=cpu", "--account=me", "--qos=high", "--time=2-00:00:00", "--nodes=1", "--ntasks-per-node=1"),
-        *("--cpus-per-task=32", "--requeue"),
+        *("--cpus-per-task=32", "--requeue", "--mem=65536M"),
     ]
     exports = dict(re.findall(r"^export (\w+)=(\w+)$", text, re.MULTILINE))
     assert exports["NCCL_SOCKET_IFNAME"] == exports["GLOO_SOCKET_IFNAME"] == "ib0"
