@@ -20,6 +20,7 @@ from megatron_vlmr1.telemetry.files import json_line
 
 if TYPE_CHECKING:
     from megatron_vlmr1.config import Config
+    from megatron_vlmr1.plan.hardware import Hardware
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=.*", re.ASCII | re.DOTALL)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -153,6 +154,24 @@ def find_config(name: str) -> Path:
         return inside
     names = ", ".join(sorted(f"configs/{path.relative_to(shipped)}" for path in shipped.rglob("*.yaml")))
     raise ValueError(f"{name}: no such config file; the package has {names or 'none'}")
+
+
+def load_hardware(file: str | None, name: str) -> Hardware:
+    """Read a hardware file: `file`, or the package's own of that name.
+
+    Raises:
+        ValueError: it is not there, or damaged; one line.
+    """
+    from megatron_vlmr1.plan.hardware import read
+
+    if file:
+        return read(Path(file))
+    try:
+        path = find_config(f"configs/hardware/{name}.yaml")
+    except ValueError as error:
+        known = ", ".join(sorted(p.stem for p in find_config("configs/hardware/cpu.yaml").parent.glob("*.yaml")))
+        raise ValueError(f"--gpu {name}: not known; known: {known}; others with --hardware FILE") from error
+    return read(path)
 
 
 def find_model(name: str) -> Path:

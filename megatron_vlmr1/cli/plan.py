@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vlmr1.cli.common import add_overrides, find_config, find_model, load_config, print_json
+from megatron_vlmr1.cli.common import add_overrides, find_model, load_config, load_hardware, print_json
 from megatron_vlmr1.errors import DONE
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: the input is wrong, or the config's own layout does not divide or fit; one line.
     """
-    hardware = _hardware(args)
+    hardware = load_hardware(args.hardware, args.gpu)
     if args.fit or args.write:
         return _fit(args, hardware)
     if args.config is None or args.gpus is None:
@@ -90,19 +90,6 @@ def run(args: argparse.Namespace) -> int:
     if "refused" in plan["own"]:
         raise ValueError(f"{args.config} on {args.gpus} x {hardware.name}: {plan['own']['refused']}")
     return DONE
-
-
-def _hardware(args: argparse.Namespace) -> Hardware:
-    from megatron_vlmr1.plan.hardware import read
-
-    if args.hardware:
-        return read(Path(args.hardware))
-    try:
-        path = find_config(f"configs/hardware/{args.gpu}.yaml")
-    except ValueError as error:
-        known = ", ".join(sorted(p.stem for p in find_config("configs/hardware/cpu.yaml").parent.glob("*.yaml")))
-        raise ValueError(f"--gpu {args.gpu}: not known; known: {known}; others with --hardware FILE") from error
-    return read(path)
 
 
 def _shape(cfg: Config, model: str | None) -> PlanShape:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vlmr1 import errors
-from megatron_vlmr1.cli.common import find_config, print_json
+from megatron_vlmr1.cli.common import find_config, load_hardware, print_json
 
 if TYPE_CHECKING:
     from megatron_vlmr1.plan.study import Cell, StudyConfig
@@ -41,6 +41,10 @@ def add_parser(subparsers: Any) -> None:
     run_parser.set_defaults(run=run)
     report_parser = verbs.add_parser("report", help="tables and plots of a study", epilog=_EPILOG)
     report_parser.add_argument("out", type=Path, metavar="DIR", help="a study's directory")
+    report_parser.add_argument(
+        "--gpu", default="h100-80gb", metavar="NAME", help="what ran it, to compare with the plan"
+    )
+    report_parser.add_argument("--hardware", metavar="FILE", help="a file of `vlmr1 plan --fit`, instead")
     report_parser.add_argument("--json", action="store_true", help="print the table as one JSON document")
     report_parser.set_defaults(run=report)
 
@@ -85,7 +89,7 @@ def report(args: argparse.Namespace) -> int:
     """
     from megatron_vlmr1.report import scaling, scaling_rows
 
-    rows = scaling_rows.read(args.out)
+    rows = scaling_rows.read(args.out, load_hardware(args.hardware, args.gpu))
     page = scaling.write(args.out, rows)
     if args.json:
         print_json({"report": str(page), "cells": [row.document() for row in rows]})

@@ -49,11 +49,27 @@ def csv_table(found: Sequence[Row]) -> str:
 def markdown_table(found: Sequence[Row]) -> str:
     """Return the main numbers of all rows as a table."""
     kinds = [kind for kind in KINDS if any(kind in row.scaling for row in found)]
-    head = ["cell", "ranks", "state", "step s", "tokens/s/GPU", "MFU", "memory", *(f"{kind} %" for kind in kinds)]
+    head = [
+        "cell",
+        "ranks",
+        "state",
+        "step s",
+        "planned s",
+        "tokens/s/GPU",
+        "MFU",
+        "memory",
+        *(f"{kind} %" for kind in kinds),
+    ]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in found:
         efficiencies = [_percent(row.efficiency.get(kind)) for kind in kinds]
-        numbers = [_number(row.step_s), _number(row.tokens_per_s_per_gpu), _percent(row.mfu), _bytes(row.memory_bytes)]
+        numbers = [
+            _number(row.step_s),
+            _number(row.predicted_step_s),
+            _number(row.tokens_per_s_per_gpu),
+            _percent(row.mfu),
+            _bytes(row.memory_bytes),
+        ]
         lines.append(_line([row.name, str(row.ranks), row.state, *numbers, *efficiencies]))
     return "\n".join(lines) + "\n"
 

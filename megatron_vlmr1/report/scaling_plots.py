@@ -96,6 +96,19 @@ def _rewards(axes: Any, found: Sequence[Row]) -> bool:
     return bool(curves)
 
 
+def _planned(axes: Any, found: Sequence[Row]) -> bool:
+    both = [row for row in found if row.step_s and row.predicted_step_s]
+    seconds = [s for row in both for s in (row.step_s, row.predicted_step_s) if s]
+    for i, row in enumerate(both):
+        axes.plot(row.step_s, row.predicted_step_s, "o", color=PALETTE[i % len(PALETTE)], label=row.name)
+    if both:
+        axes.loglog([min(seconds), max(seconds)], [min(seconds), max(seconds)], color=GREY, linewidth=1)
+        axes.legend(fontsize=8)
+    axes.set_xlabel("seconds a step, measured")
+    axes.set_ylabel("planned")
+    return bool(both)
+
+
 def _times(value: float | None, factor: float) -> float | None:
     return None if value is None else factor * value
 
@@ -106,5 +119,6 @@ _PLOTS: tuple[tuple[str, str, Plot], ...] = (
     ("mfu", "Model FLOPs utilisation", _mfu),
     ("phases", "Seconds a step by phase", _phases),
     ("memory", "Memory of the fullest rank", _memory),
+    ("planned", "Planned and measured seconds a step", _planned),
     ("reward", "Reward over GPU-hours", _rewards),
 )

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_vlmr1 import config
+from megatron_vlmr1.plan.fit import observe, predicted
+from megatron_vlmr1.plan.hardware import Hardware
+from megatron_vlmr1.plan.memory import rank_memory
 from megatron_vlmr1.telemetry.metrics import MetricRows, read_metrics
+
+log = logging.getLogger(__name__)
 
 CELLS = "cells.json"
 KINDS = ("strong", "weak")
@@ -36,6 +43,8 @@ class Row:
     gpu_hours: float | None = None
     phases_s: dict[str, float] = field(default_factory=dict)  # mean of each phase
     rewards: tuple[tuple[float, float], ...] = ()  # (GPU-hours, mean reward) after each step
+    predicted_step_s: float | None = None  # by the plan, of what the steps were
+    predicted_memory_bytes: float | None = None  # by the plan, of the largest step that the config allows
     efficiency: dict[str, float] = field(default_factory=dict)  # by kind of scaling
 
     @property
@@ -49,12 +58,17 @@ class Row:
         flat |= {"scaling": "+".join(self.scaling), "state": self.state, "reason": self.reason, "steps": self.steps}
         for name in ("step_s", "prompts_per_s", "tokens_per_s_per_gpu", "mfu", "memory_bytes", "reward", "gpu_hours"):
             flat[name] = getattr(self, name)
+        flat |= {name: getattr(self, name) for name in ("predicted_step_s", "predicted_memory_bytes")}
         flat |= {f"{kind}_efficiency": self.efficiency.get(kind) for kind in KINDS}
         return flat | {f"{phase}_s": seconds for phase, seconds in self.phases_s.items()}
 
 
-def read(out: Path) -> list[Row]:
+def read(out: Path, hardware: Hardware) -> list[Row]:
     """Read a study's directory.
+
+    Args:
+        out: the directory.
+        hardware: what the jobs ran on, for what the plan predicts.
 
     Raises:
         ValueError: it is none; one line.
@@ -62,7 +76,7 @@ def read(out: Path) -> list[Row]:
     try:
         document = json.loads((out / CELLS).read_bytes())
         warmup = int(document["warmup_steps"])
-        found = [_row(cell, warmup) for cell in document["cells"]]
+        found = [_row(cell, warmup, hardware) for cell in document["cells"]]
     except FileNotFoundError as error:
         raise ValueError(f"{out}: no scaling study ({CELLS} is missing); `vlmr1 scaling run` makes one") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -72,7 +86,7 @@ def read(out: Path) -> list[Row]:
     return found
 
 
-def _row(cell: Mapping[str, Any], warmup: int) -> Row:
+def _row(cell: Mapping[str, Any], warmup: int, hardware: Hardware) -> Row:
     point = {str(axis): str(label) for axis, label in cell["point"].items()}
     row = Row(
         name=str(cell["name"]),
@@ -87,7 +101,20 @@ def _row(cell: Mapping[str, Any], warmup: int) -> Row:
     measured = [values for step, values in metrics if step >= warmup]
     if measured:
         _measure(row, metrics, measured)
+    if row.state == "done":
+        _predict(row, Path(str(cell["run_dir"])), hardware)
     return row
+
+
+def _predict(row: Row, run_dir: Path, hardware: Hardware) -> None:
+    """Let the plan say what the measured steps should have taken; nothing where a run is no evidence."""
+    try:
+        seen = observe(run_dir, hardware.devices_per_node)
+        row.predicted_step_s = sum(predicted(hardware, seen).values())
+        cfg = config.load(run_dir / "config.yaml")
+        row.predicted_memory_bytes = max(r.worst()[1] for r in rank_memory(cfg, seen.shape, row.ranks, hardware.device))
+    except ValueError as error:
+        log.warning("%s is not compared with the plan: %s", row.name, error)
 
 
 def _measure(row: Row, metrics: MetricRows, measured: Sequence[Mapping[str, float]]) -> None:

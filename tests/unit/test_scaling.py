@@ -11,14 +11,16 @@ import yaml
 
 from megatron_vlmr1.cli.main import main
 from megatron_vlmr1.launch.study import DONE, FAILED, REFUSED, WAITING, Study
+from megatron_vlmr1.plan.hardware import read as read_hardware
 from megatron_vlmr1.plan.study import Cell, cells, read
 from megatron_vlmr1.report import scaling
 from megatron_vlmr1.report.scaling_rows import read as read_rows
 from megatron_vlmr1.runtime.attempts import write_outcome
 from megatron_vlmr1.telemetry.files import json_line
-from tests.jobs import build_shards, write_config
+from tests.jobs import ROOT, build_shards, write_config
 
 STEPS = 5
+CPU = read_hardware(ROOT / "configs" / "hardware" / "cpu.yaml")
 STUDY = {
     "config": "base.yaml",
     "nodes": [4, 1],
@@ -151,7 +153,7 @@ def run_study(folder: Path, base: Path, jobs: FakeJobs, retry_failed: bool = Fal
 def test_figures_of_a_finished_study(tmp_path: Path, base: Path) -> None:
     study = run_study(tmp_path, base, FakeJobs())
     assert [state.state for state in study.states] == [DONE] * 6
-    rows = {row.name: row for row in read_rows(tmp_path / "out")}
+    rows = {row.name: row for row in read_rows(tmp_path / "out", CPU)}
     one, strong, weak = rows["n1-dp-b8"], rows["n4-dp-b8-strong"], rows["n4-dp-b8-weak"]
     assert (one.step_s, strong.step_s, weak.step_s) == (2.0, 1.0, 2.5)  # first step and saves left out
     assert one.efficiency == {"strong": 1.0, "weak": 1.0}
@@ -178,7 +180,7 @@ def test_only_what_is_not_done_is_run_again(tmp_path: Path, base: Path) -> None:
     assert (states["n1-dp-b8"].state, states["n1-dp-b8"].reason) == (FAILED, "ended with 17")
     assert (states["n1-tp2-b8"].state, states["n1-tp2-b8"].reason) == (WAITING, "ended with 85")
     assert (states["n4-dp-b8-weak"].state, states["n4-dp-b8-weak"].reason) == (FAILED, "no space on n2")
-    scaling.write(tmp_path / "out", read_rows(tmp_path / "out"))
+    scaling.write(tmp_path / "out", read_rows(tmp_path / "out", CPU))
     page = (tmp_path / "out" / "scaling.md").read_text()
     assert "- n1-dp-b8, failed: ended with 17" in page and "- n4-dp-b8-weak, failed: no space on n2" in page
     again = FakeJobs()
@@ -200,7 +202,7 @@ def test_a_layout_that_does_not_fit_is_shown_and_the_others_run(tmp_path: Path, 
     refused = [state for state in study.states if state.state == REFUSED]
     assert [state.cell.name for state in refused] == ["n1-tp3", "n4-tp3"] and jobs.started == ["n1-dp", "n4-dp"]
     assert "tensor_model_parallel_size=3 does not divide" in refused[0].reason
-    rows = {row.name: row for row in read_rows(tmp_path / "out")}
+    rows = {row.name: row for row in read_rows(tmp_path / "out", CPU)}
     assert rows["n1-tp3"].efficiency == {} and rows["n4-dp"].efficiency["strong"] == pytest.approx(0.5)
 
 
@@ -210,9 +212,10 @@ def test_a_real_study_of_one_cell(tmp_path: Path, base: Path, capsys: pytest.Cap
     assert main(["scaling", "run", str(path), "--out", str(out), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [(cell["name"], cell["state"]) for cell in document["cells"]] == [("n1", "done")]
-    assert main(["scaling", "report", str(out), "--json"]) == 0
+    assert main(["scaling", "report", str(out), "--gpu", "cpu", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["cells"]
     assert row["steps"] == STEPS - 1 and row["step_s"] > 0 and row["strong_efficiency"] == 1.0
-    assert row["rollout_s"] > 0 and row["memory_bytes"] > 1e8
+    assert row["rollout_s"] > 0 and row["memory_bytes"] > row["predicted_memory_bytes"] > 1e6
+    assert row["predicted_step_s"] > 0 and (out / "planned.png").stat().st_size > 5000
     assert main(["scaling", "run", str(path), "--out", str(out)]) == 0
     assert len(list((out / "cells" / "n1" / "logs").glob("attempt_*"))) == 1  # done is done
