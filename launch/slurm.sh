@@ -47,15 +47,20 @@ new_attempt() {
 end_the_rest() {
     until grep ': tasks\?[ :]' "$VLMR1_LOG_DIR/srun.log" 2>/dev/null | grep -qvE 'code (2|17|85)$'; do sleep 1; done
     sleep 5
-    # shellcheck disable=SC2016 # each node's own shell expands it
-    on_each_node bash -c 'ours=$(grep -lz "^VLMR1_RANKS=$SLURM_JOB_ID$" /proc/[0-9]*/environ 2>/dev/null)
-        grep -lz "^SLURM_STEP_ID=" $ours | cut -d / -f 3 | xargs -r kill -KILL' &>/dev/null
+    # shellcheck disable=SC2016,SC2046 # each node's own shell expands it; names of nodes
+    on_nodes $(scontrol show hostnames "$SLURM_JOB_NODELIST") -- bash -c '
+        ours=$(grep -lz "^VLMR1_RANKS=$SLURM_JOB_ID$" /proc/[0-9]*/environ 2>/dev/null)
+        grep -lz "^SLURM_STEP_ID=" $ours | cut -d / -f 3 | xargs -r kill -KILL'
 }
 
-# Runs a command once on each node, beside the ranks.
-on_each_node() {
-    srun --overlap --gres=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-        --cpus-per-task=1 "$@"
+# on_nodes NODE… -- COMMAND…: runs it once on each node, beside the ranks, for five seconds at most.
+on_nodes() {
+    local nodes=()
+    while [ "$1" != -- ]; do
+        nodes+=("$1") && shift
+    done
+    timeout --kill-after=1 5 srun --overlap --gres=none --nodes=${#nodes[@]} --ntasks=${#nodes[@]} --ntasks-per-node=1 \
+        --cpus-per-task=1 --nodelist="$(IFS=, && echo "${nodes[*]}")" "${@:2}" &>/dev/null
 }
 
 # conclude STATUS: decides by outcome.json what follows srun, whose status says too little: 143 once one rank has left.
@@ -88,16 +93,14 @@ requeue() {
 
 # fail STATUS CODE: names the rank that was the first to go, and waits for SLURM where it was a node.
 fail() {
-    local who lost node
+    local who lost=""
     who=$(first_to_go)
     say "${who:=srun ended with $1, and no rank has said why}; logs in $VLMR1_LOG_DIR"
-    lost=$(for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-        (answers "$node" || echo "$node") &
-    done && wait)
+    # shellcheck disable=SC2046 # names of nodes
+    on_nodes $(scontrol show hostnames "$SLURM_JOB_NODELIST") -- true || lost=$(lost_nodes)
     if [ -n "$lost" ]; then
         say "no answer from $lost: SLURM requeues this job as soon as it sees that too"
-        sleep 900
-        exit 70
+        sleep 900 || exit 70 # by the end that SLURM makes of it
     fi
     if [ -z "$2" ]; then
         printf '{"reason":"%s","code":70,"step":null}\n' "${who//[\"\\]/}" >"$VLMR1_LOG_DIR/outcome.json"
@@ -112,7 +115,11 @@ first_to_go() {
         head -n 1
 }
 
-# answers NODE: whether it still starts a task of this job.
-answers() {
-    timeout --kill-after=1 4 srun --overlap --gres=none --nodes=1 --ntasks=1 --cpus-per-task=1 --nodelist="$1" true 2>/dev/null
+# Prints the nodes of the job that do not start a task any more.
+lost_nodes() {
+    local node
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        (on_nodes "$node" -- true || echo "$node") &
+    done
+    wait
 }

@@ -121,13 +121,18 @@ class OneMachine:
         """Start a node's slurmd."""
         self._run("slurmd", "-N", node)
 
+    def kill_slurmd(self, node: str) -> None:
+        """Kill a node's slurmd; its jobs go on for now."""
+        pid = _pid(self.base / f"slurmd.{node}.pid")
+        assert pid is not None
+        psutil.Process(pid).kill()
+
     def kill_node(self, node: str) -> None:
         """Kill all that a node runs, at once: slurmd, the stewards of its steps, their processes."""
-        slurmd = _pid(self.base / f"slurmd.{node}.pid")
-        assert slurmd is not None
         tasks = [process for process in self.processes() if _variable(process, "SLURMD_NODENAME") == node]
         stewards = {parent for task in tasks for parent in task.parents() if parent.name().startswith("slurmstepd")}
-        for process in (psutil.Process(slurmd), *stewards, *tasks):  # in this order nobody tells of another's end
+        self.kill_slurmd(node)
+        for process in (*stewards, *tasks):  # in this order nobody tells of another's end
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 

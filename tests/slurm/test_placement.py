@@ -115,6 +115,27 @@ def test_ranks_that_would_wait_for_a_dead_one_are_killed_soon(runs: Runs) -> Non
     assert run.outcome(0)["reason"] == "rank 1 on n2 was killed (Killed)"
 
 
+def test_where_a_node_does_not_answer_the_job_is_not_failed_but_left_to_slurm(runs: Runs) -> None:
+    act = (
+        "if attempt == 0:\n"
+        '    (log_dir / f"ready_{rank}").touch()\n'
+        '    while not (log_dir / "go").exists(): time.sleep(0.05)\n'
+        "    sys.exit(70)\n"  # as ranks do that have lost one of them
+        f"{DONE}"
+    )
+    run = runs.stand_in("lost", act)
+    run.until(lambda: len(list(run.run_dir.glob("logs/attempt_0/ready_*"))) == 2, "both ranks")
+    try:
+        runs.machine.kill_slurmd("n2")
+        (run.attempt(0) / "go").touch()
+        assert run.end() == "COMPLETED", run.log
+    finally:
+        runs.machine.start_node("n2")
+        runs.machine.wait_idle(["n1", "n2", "n3"])
+    assert "vlmr1: no answer from n2: SLURM requeues this job" in run.log
+    assert [who["node"] for who in run.said(1)] == ["n1", "n3"] and not (run.attempt(0) / "outcome.json").exists()
+
+
 def test_a_cancelled_job_stays_cancelled_although_it_saved(runs: Runs) -> None:
     act = (
         'signal.signal(signal.SIGTERM, lambda *_: outcome("saved", 85))\n'
