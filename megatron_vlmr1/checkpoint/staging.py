@@ -38,7 +38,7 @@ class Staging:
         self._used.add(key)
         held = self._held.get(key)
         if held is None or held.shape != torch.Size(shape) or held.dtype != dtype:
-            held = torch.empty(tuple(shape), dtype=dtype, pin_memory=device.has_cuda())
+            held = device.host_empty(tuple(shape), dtype)
             self._held[key] = held
         return held
 

@@ -189,7 +189,8 @@ def _check_same_parts(progress: dict[str, Any], policy: Policy, directory: Path)
 
 def _cut(layout: ParallelConfig) -> dict[str, Any]:
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
-    return {name: getattr(layout, name) for name in (*names, "pipeline_layers")}
+    cut = {name: getattr(layout, name) for name in (*names, "pipeline_layers", "overlap_grad_reduce")}
+    return cut | {"bucket_size": layout.bucket_size if layout.overlap_grad_reduce else None}
 
 
 def _write_progress(text: str, path: Path) -> list[Path]:

@@ -40,6 +40,16 @@ class ParallelConfig(Section):
     of every stage, and so on (pipeline x virtual numbers); equal shares when empty."""
     sequence_parallel: bool = False
     """Split norms and residuals over the tensor-parallel group along the sequence."""
+    overlap_grad_reduce: bool = False
+    """Sum a bucket of gradients over the data-parallel ranks while backward still works on those before it, instead of
+    all when it is done."""
+    overlap_param_gather: bool = False
+    """Gather the parameters that an optimizer step has changed while checksums, metrics and the next step's data are
+    worked on, until something reads parameters, instead of within the step. Needs overlap_grad_reduce, for its
+    buckets."""
+    bucket_size: PositiveInt = 40_000_000
+    """With overlap_grad_reduce: at least so many parameters in each bucket. Only the first pipeline stage has several,
+    as others reduce while the first still computes. A dp_reshardable checkpoint goes on with the same buckets only."""
     timeout_s: Annotated[int, Field(gt=0, le=10**7)] = 600
     """A collective that takes longer ends the job, and so does a rank that gets no further for about so long: no tick
     of generation, no micro-batch, no parameter read or written, no new phase."""
@@ -94,6 +104,8 @@ class ParallelConfig(Section):
     def _chunks_fit(self) -> ParallelConfig:
         if self.virtual_pipeline_model_parallel_size > 1 and self.pipeline_model_parallel_size == 1:
             raise ValueError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1")
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ValueError("overlap_param_gather goes by the buckets of overlap_grad_reduce, which is off")
         if self.pipeline_layers is not None and len(self.pipeline_layers) != self.chunks:
             raise ValueError(
                 f"pipeline_layers has {len(self.pipeline_layers)} numbers; pipeline x virtual pipeline size is "
@@ -165,6 +177,11 @@ class OptimizerConfig(Section):
     """Shape of the learning rate after the warm-up, over train.steps."""
     min_lr_ratio: NonNegativeFloat = 0.0
     """Last learning rate divided by the first."""
+    offload: Literal["none", "rollout", "always"] = "none"
+    """Where gradients and the optimizer's state (fp32 masters, moments) are while nothing needs them. none: on the
+    device; rollout: until a step's update the gradients' memory is given back, and the state is in host memory, pinned
+    on a GPU; always: the state is there in forward and backward too, and on the device for the optimizer's step and
+    saves alone. The bits are the same; it costs two copies of the state over the bus in a step."""
 
 
 class RolloutConfig(Section):
@@ -312,6 +329,15 @@ class Config(Section):
             raise ValueError(f"debug.first_step={self.debug.first_step} is not before train.steps={self.train.steps}")
         if self.debug.replay_rollouts is not None and self.train.evaluate_every:
             raise ValueError("debug.replay_rollouts starts no rewards: it needs train.evaluate_every=0")
+        return self
+
+    @model_validator(mode="after")
+    def _offload_has_an_occasion(self) -> Config:
+        if self.optimizer.offload == "rollout" and self.method != "grpo" and not self.train.evaluate_every:
+            raise ValueError(
+                f"optimizer.offload=rollout changes nothing: method={self.method} with train.evaluate_every=0 never "
+                "generates; optimizer.offload=always is for training"
+            )
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 from megatron_vlmr1.models.policy import Policy
+from megatron_vlmr1.runtime import device
 
 
 class Reference:
@@ -17,7 +18,7 @@ class Reference:
     def __init__(self, policy: Policy) -> None:
         """Remember the policy's present weights."""
         self._policy = policy
-        self._values = [p.detach().to("cpu", copy=True) for p in policy.parameters()]
+        self._values = [device.host_empty(p.shape, p.dtype).copy_(p.detach()) for p in policy.parameters()]
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -43,6 +44,6 @@ class Reference:
         if not self._same_tower:
             self._policy.forget_features()
         for parameter, value in zip(self._policy.parameters(), self._values, strict=True):
-            mine = parameter.detach().to("cpu", copy=True)
-            parameter.copy_(value)
-            value.copy_(mine)
+            mine = parameter.detach().clone()
+            parameter.copy_(value, non_blocking=True)
+            value.copy_(mine, non_blocking=True)

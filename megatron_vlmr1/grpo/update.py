@@ -20,6 +20,7 @@ from megatron_vlmr1.grpo.reference import Reference
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.parallel import optimizer as parallel_optimizer
 from megatron_vlmr1.parallel import reduce, schedule
+from megatron_vlmr1.parallel.offload import Offload
 from megatron_vlmr1.parallel.replicas import Replicas
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.telemetry.timers import PhaseTimers
@@ -50,6 +51,7 @@ class Updater:
         self.bad_steps = 0  # in a row
         self.not_finite = 0  # since the start
         self.replicas = Replicas(policy.chunks, optimizer, policy.mesh, cfg.train.replica_check_every)
+        self.offload = Offload(policy.ddp, optimizer, cfg.optimizer.offload)
 
     def micro_batches(self, groups: Sequence[PackedGroup]) -> list[MicroBatch]:
         """Pack this rank's groups; at least one micro-batch, an empty one where there is no group."""
@@ -89,7 +91,11 @@ class Updater:
                 code 17.
         """
         assert self.policy.ddp
-        self.replicas.check(state=True)
+        if self.offload.when == "always":
+            self.replicas.check()
+        else:
+            self.check_state()
+        self.offload.before_backward()
         for chunk in self.policy.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -103,14 +109,29 @@ class Updater:
             return results, {"train/grad_norm": float("nan"), "train/lr": lr, "train/skipped": 1.0}
         self.bad_steps = 0
         parallel_optimizer.set_learning_rate(self.optimizer, lr)
+        if self.offload.when == "always":
+            self.check_state()
         _, grad_norm, _ = self.optimizer.step()
+        self.policy.gather_parameters()
         self.replicas.remember()
+        self.offload.after_step()
         self.policy.weights_changed(tower=not self.policy.freeze_vision)
         return results, {"train/grad_norm": float(grad_norm or 0.0), "train/lr": lr, "train/skipped": 0.0}
+
+    def check_state(self, always: bool = False) -> None:
+        """Bring the optimizer's state back if it is away, and compare it and the parameters, as `Replicas.check` does.
+
+        Raises:
+            RunStopped: something differs (exit code 17); on all ranks.
+        """
+        self.offload.before_step()
+        self.replicas.check(state=True, always=always)
 
     def _run(
         self, chunks: Sequence[torch.nn.Module], batches: Sequence[MicroBatch], loss: Loss, forward_only: bool = False
     ) -> list[schedule.Result]:
+        self.policy.settle()
+
         def forward(chunk: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
             return chunk(model_input(batch, self.policy))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 
 from megatron_vlmr1.config import RecomputeConfig
 from megatron_vlmr1.models.logprobs import Vocabulary, token_logprobs
@@ -13,6 +12,7 @@ from megatron_vlmr1.models.shape import VlmShape, padded
 from megatron_vlmr1.models.vlm import VlmModel, build_chunks, encode_images, gather_hidden
 from megatron_vlmr1.parallel import optimizer as parallel_optimizer
 from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.parallel.overlap import DataParallel
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.types import ImagePatches
 
@@ -38,14 +38,32 @@ class Policy:
             ValueError: the model cannot be cut as the mesh's layout says.
         """
         self.shape, self.mesh, self.freeze_vision = shape, mesh, freeze_vision
-        self.chunks = build_chunks(shape, mesh, dtype, recompute or RecomputeConfig())
+        self._gathering = False  # parameters, of which some may still be old
+        self._chunks = build_chunks(shape, mesh, dtype, recompute or RecomputeConfig())
         if freeze_vision and self.chunks[0].vision is not None:
             self.chunks[0].vision.requires_grad_(False)
         rows = padded(shape.text.vocab_size, mesh.tp_size) // mesh.tp_size
         self.vocabulary = Vocabulary(rows, shape.text.vocab_size, banned, mesh.tp_group, device.device())
-        self.ddp: list[DistributedDataParallel] = []
+        self.ddp: list[DataParallel] = []
         self.version = 0  # of the weights
         self._features: dict[bytes, torch.Tensor] = {}
+
+    @property
+    def chunks(self) -> list[VlmModel]:
+        """This stage's chunks, in the order in which a token meets them; their parameters are whole."""
+        self.settle()
+        return self._chunks
+
+    def gather_parameters(self) -> None:
+        """Begin to gather what an optimizer step has changed, where that is not done within the step."""
+        self._gathering = any([chunk.gather() for chunk in self.ddp])
+
+    def settle(self) -> None:
+        """Wait until all parameters have arrived."""
+        if self._gathering:
+            for chunk in self.ddp:
+                chunk.settle()
+            self._gathering = False
 
     @property
     def model(self) -> VlmModel:
@@ -58,7 +76,7 @@ class Policy:
         for chunk in self.chunks:
             yield from chunk.parameters()
 
-    def wrap_for_training(self) -> list[DistributedDataParallel]:
+    def wrap_for_training(self) -> list[DataParallel]:
         """Give the parameters gradient buffers, chunk by chunk. Call after the weights are loaded."""
         self.ddp = parallel_optimizer.wrap(self.chunks, self.mesh)
         return self.ddp

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed import finalize_model_grads as megatron_finalize
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -16,18 +16,28 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlmr1.config import OptimizerConfig
 from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.parallel.overlap import DataParallel
 from megatron_vlmr1.runtime import device
 
 
-def wrap(chunks: Sequence[MegatronModule], mesh: Mesh) -> list[DistributedDataParallel]:
+def wrap(chunks: Sequence[MegatronModule], mesh: Mesh) -> list[DataParallel]:
     """Put each chunk's gradients into flat fp32 buffers that are summed over data-parallel ranks."""
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    layout = mesh.layout
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=layout.overlap_grad_reduce,
+        overlap_param_gather=layout.overlap_param_gather,
+        bucket_size=layout.bucket_size,
+    )
+    ddp = [DataParallel(c.config, settings, c, pg_collection=mesh.groups) for c in chunks]
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = _finalize_gradients
-    return [DistributedDataParallel(c.config, settings, c, pg_collection=mesh.groups) for c in chunks]
+        chunk.config.no_sync_func = [each.no_sync for each in ddp] if len(ddp) > 1 else ddp[0].no_sync
+    return ddp
 
 
-def build(cfg: OptimizerConfig, ddp: Sequence[DistributedDataParallel]) -> MegatronOptimizer:
+def build(cfg: OptimizerConfig, ddp: Sequence[DataParallel]) -> MegatronOptimizer:
     """Create Adam with fp32 masters, its state shared out over the data-parallel ranks.
 
     Matrices decay; biases and norms don't.
@@ -46,6 +56,7 @@ def build(cfg: OptimizerConfig, ddp: Sequence[DistributedDataParallel]) -> Megat
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=ddp[0].ddp_config.overlap_param_gather,
         ),
         list(ddp),
     )
@@ -56,7 +67,7 @@ def build(cfg: OptimizerConfig, ddp: Sequence[DistributedDataParallel]) -> Megat
 
 
 def _finalize_gradients(
-    model: list[DistributedDataParallel],
+    model: list[DataParallel],
     num_tokens: torch.Tensor | None = None,
     pg_collection: ProcessGroupCollection | None = None,
     force_all_reduce: bool = False,
@@ -80,7 +91,7 @@ def _finalize_gradients(
             gradient.copy_(part.view_as(gradient))
 
 
-def gradients_finite(ddp: Sequence[DistributedDataParallel], losses: Sequence[torch.Tensor] = ()) -> bool:
+def gradients_finite(ddp: Sequence[DataParallel], losses: Sequence[torch.Tensor] = ()) -> bool:
     """Whether every gradient, and loss [], on every rank of the world is finite; all ranks get the same answer.
 
     So must be the norm: by an infinite one, gradients would be scaled to zero and Adam would step by its momentum.

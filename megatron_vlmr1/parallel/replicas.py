@@ -63,6 +63,8 @@ class Replicas:
         """
         if not self._every or not (always or self._due):
             return
+        for chunk in (chunk for inner in self._optimizer.chained_optimizers for chunk in inner.model_chunks):
+            chunk.settle()
         sums = checksums(self._parameters)
         held = self._held if state else None
         now = None if held is None else checksums(t for _, t in self._optimizer_state())
@@ -93,6 +95,7 @@ class Replicas:
             masters = [t for g in inner.shard_fp32_from_float16_groups + inner.shard_fp32_groups for t in g]
             for parameter, master in zip(models, masters, strict=True):
                 name = self._name_of[id(parameter)]
+                assert master.untyped_storage().nbytes() or not master.numel(), "it was moved to host memory"
                 yield f"the fp32 master of {name}", master
                 moments = inner.optimizer.state.get(master, {})
                 for kind in _MOMENTS:  # zeros before the first step, whether they are there yet or not

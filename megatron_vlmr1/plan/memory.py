@@ -113,13 +113,14 @@ class _Rank:
         chunks = self.chunks()
         batches = self.load.micro_batches(self.cfg)
         largest_batch = max(batches, key=lambda batch: batch.tokens)
-        resident = self._resident(chunks, largest_batch)
+        resident, gradients, optimizer = self._resident(chunks, largest_batch), *self._offloaded(chunks)
         rollout = self._rollout() if self.cfg.method == "grpo" else {}
+        between = {} if self.cfg.optimizer.offload != "none" else joined(gradients, optimizer)
         phases = {
-            "rollout": joined(resident, rollout),
-            "logprobs": joined(resident, self._logprobs(chunks, batches)),
-            "update": joined(resident, self._update(chunks, batches)),
-            "save": joined(resident, self._saving(chunks)),
+            "rollout": joined(resident, between, rollout),
+            "logprobs": joined(resident, between, self._logprobs(chunks, batches)),
+            "update": joined(resident, gradients, self._update(chunks, batches, optimizer)),
+            "save": joined(resident, gradients, optimizer, self._saving(chunks)),
         }
         held = {phase: present(parts) for phase, parts in phases.items()}
         return RankMemory(self.stage, sum(chunk.parameters for chunk in chunks), held, self._host(chunks))
@@ -134,13 +135,7 @@ class _Rank:
         """Return what is there from one step to the next."""
         buffer = self._buffer(chunks)
         fixed = 0 if self.trains_tower else sum(sum(chunk.tower) for chunk in chunks)
-        shard = -(-buffer // self.dp)
-        out = {
-            "weights": (buffer + fixed) * self.item,
-            "gradients": buffer * GRADIENT_BYTES,
-            "optimizer": shard * (MOMENT_BYTES + (MASTER_BYTES if self.item < FP32 else 0)),
-            "runtime": RUNTIME_BYTES[self.device],
-        }
+        out = {"weights": (buffer + fixed) * self.item, "runtime": RUNTIME_BYTES[self.device]}
         if self.cfg.parallel.sequence_parallel:  # megatron-core's global memory buffer, never given back
             out["gather buffer"] = batch.tokens * self.shape.text.hidden_size * self.item
         # A chunk remembers the last input that another stage sent it, and that has its gradient.
@@ -149,6 +144,12 @@ class _Rank:
         if self.cfg.train.replica_check_every:
             out["checksums"] = CHECKSUM_NUMBERS[self.device] * INDEX
         return out
+
+    def _offloaded(self, chunks: Sequence[Chunk]) -> tuple[Parts, Parts]:
+        """Return what `optimizer.offload` takes away: gradients, and the optimizer's state."""
+        buffer = self._buffer(chunks)
+        state = -(-buffer // self.dp) * (MOMENT_BYTES + (MASTER_BYTES if self.item < FP32 else 0))
+        return {"gradients": buffer * GRADIENT_BYTES}, {"optimizer": state}
 
     def _rollout(self) -> Parts:
         layout = decoding_layout(self.cfg)
@@ -195,8 +196,8 @@ class _Rank:
         return dearest([joined(kept, dearest(moments)), self._exchange(chunks)])
 
     def _exchange(self, chunks: Sequence[Chunk]) -> Parts:
-        """Return the parameter that waits in host memory while the reference's takes its place."""
-        if self.device != "cpu" or not self.cfg.grpo.beta:
+        """Return the parameter that waits while the reference's takes its place."""
+        if not self.cfg.grpo.beta:
             return {}
         return {"reference": max(chunk.largest for chunk in chunks) * self.item}
 
@@ -207,11 +208,14 @@ class _Rank:
         tile = min(positions, batch.labels) * min(tokens, rows)
         return batch.labels * self.shape.text.hidden_size * self.item + 2 * tile * FP32
 
-    def _update(self, chunks: Sequence[Chunk], batches: Sequence[MicroBatch]) -> Parts:
+    def _update(self, chunks: Sequence[Chunk], batches: Sequence[MicroBatch], optimizer: Parts) -> Parts:
         """Return the dearest moment of forward and backward, or of the optimizer's step."""
-        moments = [*self._passes(chunks, batches), self._optimizer_step(chunks)]
+        moments = self._passes(chunks, batches)
         if self.tp > 1 and self.trains_tower:  # laid one after another, and summed over the tensor-parallel group
             moments.append({"tower gradients": sum(chunks[0].tower) * GRADIENT_BYTES})
+        if self.cfg.optimizer.offload != "always":
+            moments = [joined(optimizer, moment) for moment in moments]
+        moments.append(joined(optimizer, self._optimizer_step(chunks)))
         return joined(self._embeddings(), dearest(moments))
 
     def _embeddings(self) -> Parts:
@@ -299,12 +303,16 @@ class _Rank:
         if cfg.method == "grpo" and cfg.grpo.beta > 0:
             out["reference"] = sum(chunk.parameters for chunk in chunks) * self.item
         shard = -(-self._buffer(chunks) // self.dp)
+        if cfg.optimizer.offload != "none":
+            out["offloaded optimizer"] = total(self._offloaded(chunks)[1])
         if cfg.train.async_save:
             out["staged save"] = self._published() * self.item + shard * STATE_BYTES
         # `get_parameter_state_dp_zero`: all of the state; of one bucket besides this rank's shard, and one kind of
         # numbers from every rank, in order, and the kind before it in order. Weights are gathered before that, a file
         # at a time.
         bucket = max(self._buckets(chunks))
+        if cfg.parallel.overlap_grad_reduce and self.stage == 0:
+            bucket = min(bucket, cfg.parallel.bucket_size + max(chunk.largest for chunk in chunks))
         state = self._buffer(chunks) * STATE_BYTES + bucket * 3 * FP32 + -(-bucket // self.dp) * STATE_BYTES
         out["last save"] = max(state, min(self._published() * self.item, SHARD_BYTES))
         out |= self._prompts()

@@ -111,8 +111,25 @@ def setup(run: Run) -> list[tuple[str, str]]:
     rows = [(name, describe(run.setting(name))) for name in settings if run.setting(name) is not None]
     taken = {*EVALUATIONS, "seconds"}
     return (
-        rows + [(str(key), describe(value)) for key, value in run.summary.items() if key not in taken] + slow_rank(run)
+        rows
+        + [(str(key), describe(value)) for key, value in run.summary.items() if key not in taken]
+        + slow_rank(run)
+        + peak_memory(run)
     )
+
+
+def peak_memory(run: Run) -> list[tuple[str, str]]:
+    """Return a line on the most memory of a GPU in each phase, and what was planned, where that was measured."""
+    parts = []
+    for phase in PHASES:
+        found, plan = (_most(run, f"memory/{kind}_{phase}_bytes") for kind in ("peak", "plan"))
+        if found:
+            parts.append(f"{phase} {found / 1e9:.2f} GB" + (f" (planned at most {plan / 1e9:.2f})" if plan else ""))
+    return [("peak memory of a GPU", ", ".join(parts))] if parts else []
+
+
+def _most(run: Run, name: str) -> float:
+    return max((values.get(name, 0.0) for _, values in run.metrics), default=0.0)
 
 
 def slow_rank(run: Run) -> list[tuple[str, str]]:

@@ -98,6 +98,7 @@ class CopyEngine(Engine):
             return
         for parameter in self.policy.parameters():
             parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
+        self._training.settle()
         self._reshard()
         self.policy.forget_features()
         self._version = self._training.version

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,9 +48,21 @@ def without_memory() -> Iterator[None]:
         _nowhere = former
 
 
+def host_empty(shape: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in host memory, with any content; pinned where there are GPUs, for copies at the bus's speed."""
+    return torch.empty(shape, dtype=dtype, device=_CPU, pin_memory=has_cuda())
+
+
 def name() -> str | None:
     """Return the name of this process's GPU; None on a CPU."""
     return torch.cuda.get_device_name() if has_cuda() else None
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process's GPU has held in tensors since this was called last."""
+    most = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return most
 
 
 def uuid() -> str | None:

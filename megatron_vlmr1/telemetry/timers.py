@@ -22,6 +22,7 @@ class PhaseTimers:
         synchronize: called at both ends of a phase, so that queued device work counts where it was asked for
             (``torch.cuda.synchronize``); None where nothing is queued.
         clock: monotonic seconds.
+        peak_bytes: returns the most memory that was in use since it was called last; None where nothing counts it.
 
     Attributes:
         spans: (phase, begin, end) of the phases that the last `take` took, in the order of their ends; seconds of
@@ -29,10 +30,15 @@ class PhaseTimers:
     """
 
     def __init__(
-        self, synchronize: Callable[[], None] | None = None, clock: Callable[[], float] = time.perf_counter
+        self,
+        synchronize: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        peak_bytes: Callable[[], int] | None = None,
     ) -> None:
         self._synchronize = synchronize
         self._clock = clock
+        self._peak_bytes = peak_bytes
+        self._peaks: dict[str, int] = {}
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._since = 0.0
@@ -59,11 +65,21 @@ class PhaseTimers:
         return self._seconds.get(phase, 0.0)
 
     def take(self) -> dict[str, float]:
-        """Return ``{"time/<phase>": seconds}`` since the last call and start from zero. Call it outside phases."""
+        """Return ``time/<phase>``, seconds since the last call, and start from zero. Call it outside phases."""
         assert not self._open, f"phase {self._open[-1]} is still open"
         taken = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
         self._seconds = {}
         self.spans, self._spans = self._spans, []
+        return taken
+
+    @property
+    def counts_memory(self) -> bool:
+        """Whether `take_peaks` has something to say."""
+        return self._peak_bytes is not None
+
+    def take_peaks(self) -> dict[str, int]:
+        """Return the most bytes of memory that were in use in each phase since the last call."""
+        taken, self._peaks = self._peaks, {}
         return taken
 
     def wall_spans(self) -> list[tuple[str, float, float]]:
@@ -76,7 +92,10 @@ class PhaseTimers:
         if self._synchronize is not None:
             self._synchronize()
         now = self._clock()
+        peak = self._peak_bytes() if self._peak_bytes is not None else None
         if self._open:
             self._seconds[self._open[-1]] += now - self._since
+            if peak is not None:
+                self._peaks[self._open[-1]] = max(peak, self._peaks.get(self._open[-1], 0))
         self._since = now
         return now

@@ -18,6 +18,7 @@ _FREE_KEYS = {
     "rollout.max_prefill_tokens",
     "rollout.tensor_model_parallel_size",
     "rollout.pipeline_model_parallel_size",
+    "optimizer.offload",
     "rewards.address",
     "rewards.keys",
     "rewards.workers",

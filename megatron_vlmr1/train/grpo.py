@@ -37,6 +37,7 @@ def train(cfg: Config, mesh: Mesh, stop: StopFlag, allow_config_change: bool = F
             batch = Batch(cfg.train.prompts_per_step, cfg.grpo.dynamic_sampling_rounds, run.feed.consumed)
             while batch.wants_more:
                 with run.timers("data"):
+                    run.updater.offload.before_generation()
                     prompts = [prompt for prompt, _ in run.feed.next(cfg.train.prompts_per_step)]
                 with run.timers("rollout"):
                     groups = replay(prompts, step, run) if run.replays else rollout(run, prompts)

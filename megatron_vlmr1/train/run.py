@@ -46,6 +46,7 @@ from megatron_vlmr1.telemetry.timers import PhaseTimers
 from megatron_vlmr1.telemetry.wandb_sink import WandbSink
 from megatron_vlmr1.train import loader
 from megatron_vlmr1.train.checkpoints import Checkpoints
+from megatron_vlmr1.train.peaks import Peaks
 from megatron_vlmr1.train.stragglers import Stragglers
 from megatron_vlmr1.train.watch import Watch
 
@@ -102,7 +103,11 @@ class Run:
         self.judges = stack.enter_context(
             judges(cfg.rewards, cfg.task, mesh, asks, self.log_dir, timeout_s, family, serve)
         )
-        self.timers = PhaseTimers(torch.cuda.synchronize if torch.cuda.is_available() else None)
+        gpu = device.has_cuda()
+        self.timers = PhaseTimers(
+            torch.cuda.synchronize if gpu else None, peak_bytes=device.peak_bytes if gpu else None
+        )
+        self.peaks = Peaks(cfg, self.actor.directory, mesh.world, self.timers)
         self.watch = Watch(cfg, mesh.rank, self.timers, stack)
         self.metrics = MetricsWriter(self.run_dir, self._wandb(), self._prometheus()) if mesh.rank == 0 else None
         if self.metrics is not None:
@@ -172,6 +177,7 @@ class Run:
             self.limit.note_evaluation(self.timers.seconds("evaluate"))
         now = time.perf_counter()
         metrics |= self.timers.take() | {"perf/step_s": now - self._started, "data/consumed": self.feed.consumed}
+        metrics |= self.peaks.take()
         metrics |= self.stragglers.compare(metrics, here.take_waits(), metrics["perf/step_s"])
         metrics |= self._rates(metrics) | self.watch.end(step)
         metrics["checkpoint/save_failures"] = self.checkpoints.failures
@@ -208,10 +214,11 @@ class Run:
 
     def _save(self, metrics: dict[str, float], last: bool, wait: bool) -> None:
         """Save; the last checkpoint of an attempt is tried again until it is there or the run stops itself."""
-        self.updater.replicas.check(state=True, always=True)
+        self.updater.check_state(always=True)
         args = self.actor, self.optimizer, self._progress(int(metrics["data/skipped"])), metrics, last, wait
         while not self.checkpoints.save(*args) and wait:
             continue
+        self.updater.offload.after_step()
 
     def _rates(self, metrics: dict[str, float]) -> dict[str, float]:
         """FLOPs and trained tokens per second and rank, over the step; generated tokens per second of rollout."""
@@ -227,6 +234,7 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         """Evaluate every split; return ``evaluate/SPLIT/FIGURE``."""
         out: dict[str, float] = {}
+        self.updater.offload.before_generation()
         for name, shards in self.splits.items():
             figures = split.evaluate(self.actor, self.judges, shards, self.cfg, self.mesh).figures
             out |= {f"evaluate/{name}/{figure}": value for figure, value in figures.items()}

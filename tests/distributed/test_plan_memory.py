@@ -13,8 +13,8 @@ from tests.distributed import ranks
 from tools.bench.memory_cases import CASES, predicted
 from tools.bench.plan_memory import TOLERANCE, compared, run_case
 
-ON_ONE = ("tiny_one", "tiny_long_full", "tiny_bf16", "tiny_frozen")
-ON_TWO = ("tiny_tp2_sp", "tiny_pp2_vp2", "tiny_dp2", "tiny_copy")
+ON_ONE = ("tiny_one", "tiny_long_full", "tiny_bf16", "tiny_frozen", "tiny_offload")
+ON_TWO = ("tiny_tp2_sp", "tiny_pp2_vp2", "tiny_dp2", "tiny_copy", "tiny_always")
 ON_FOUR = ("tiny_tp2_pp2",)
 
 

@@ -93,6 +93,18 @@ CASES = {
         TINY, 1, {"recompute": {"granularity": "selective"}, "train": {"micro_batch_tokens": 1300}}, LONG
     ),
     "tiny_bf16": Case(TINY, 1, {"precision": "bf16", "train": MICRO}, SHORT),
+    "tiny_offload": Case(TINY, 1, {"optimizer": {"offload": "rollout"}, "train": MICRO}, SHORT),
+    "tiny_always": Case(
+        TINY,
+        2,
+        {
+            "precision": "bf16",
+            "optimizer": {"offload": "always"},
+            "parallel": {**layout(), "overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 200_000},
+            "train": MICRO,
+        },
+        SHORT,
+    ),
     "tiny_frozen": Case(TINY, 1, {"model": {"path": "-", "freeze_vision": True}, "train": MICRO}, SHORT),
     "tiny_beta0": Case(TINY, 1, {"grpo": {"beta": 0.0}, "train": MICRO}, SHORT),
     "tiny_tp4": Case(TINY, 4, {"parallel": layout(tp=4), "train": MICRO}, SHORT),

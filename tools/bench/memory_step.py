@@ -54,7 +54,7 @@ def measure(case: Case, folder: Path, mesh: Mesh, explain: bool = False) -> dict
     directory, cfg = write_model(case, folder), settings(case, folder)
     before = resident("VmRSS")
     live = LiveStorages(explain)
-    with live:
+    with live, _host_memory_marked(live):
         step = _Step(cfg, directory, mesh, step_load(case), live, before)
         step.run(1)
         step.run(2)
@@ -67,6 +67,19 @@ def measure(case: Case, folder: Path, mesh: Mesh, explain: bool = False) -> dict
         "resident": step.resident(),
         "process": before * MB,
     }
+
+
+@contextmanager
+def _host_memory_marked(live: LiveStorages) -> Iterator[None]:
+    """Let the reference, saves that wait, and what is offloaded count as the host's."""
+    from megatron_vlmr1.runtime import device
+
+    make = device.host_empty
+    device.host_empty = lambda *args: live.mark_host(make(*args))
+    try:
+        yield
+    finally:
+        device.host_empty = make
 
 
 def _ignored(_: object) -> None:
@@ -98,7 +111,7 @@ class _Step:
                 parameter.normal_(1.0 if "norm" in name or "ln_q" in name else 0.0, STD)
         reference = Reference(self.policy) if cfg.grpo.beta else None
         if reference is not None:
-            self.host["reference"] = sum(live.mark_host(value).nbytes for value in reference._values)
+            self.host["reference"] = sum(value.nbytes for value in reference._values)
         self.optimizer = parallel_optimizer.build(cfg.optimizer, self.policy.wrap_for_training())
         self.update = GrpoUpdate(Updater(self.policy, self.optimizer, cfg), reference, _Phases(self))
         limits = cfg.rollout.max_cache_tokens, cfg.rollout.max_prefill_tokens
@@ -109,16 +122,9 @@ class _Step:
             else CopyEngine(self.policy, decoding, banned, _silent, *limits)
         )
         self.checkpoints = Checkpoints(cfg, mesh)
-        self._mark_staging()
         self.actor: Any = SimpleNamespace(policy=self.policy, directory=directory)
         self.prompts = prompts(shape, load, mesh.dp_rank * load.prompts)
         live.ignore(image.patches.ctypes.data for prompt in self.prompts for image in prompt.images)
-
-    def _mark_staging(self) -> None:
-        """Let memory that a save waits in count as the host's."""
-        staging: Any = self.checkpoints._staging
-        make = staging.empty
-        staging.empty = lambda *args: self.live.mark_host(make(*args))
 
     def resident(self) -> dict[str, int]:
         """Bytes of weights, gradients and optimizer state on this rank."""
@@ -157,7 +163,8 @@ class _Step:
 
         self.peaks = dict.fromkeys(PHASES, 0)
         self.rss = dict.fromkeys(PHASES, 0.0)
-        load = self.load
+        load, updater = self.load, self.update.updater
+        updater.offload.before_generation()
         with self.phase("rollout"):
             cfg = self.cfg.rollout
             sampling = Sampling(
@@ -175,17 +182,22 @@ class _Step:
             metrics = self.update(groups, 1e-5)
         assert not metrics["train/skipped"], metrics
         self.policy.forget_features()
-        self.update.updater.replicas.check()
+        updater.replicas.check()
         progress = {"step": number, "consumed_samples": 0, "config": self.cfg.model_dump(mode="json")}
         with self.phase("save"):
+            updater.offload.before_step()
             assert self.checkpoints.save(self.actor, self.optimizer, progress, {})
+        updater.offload.after_step()
         self.host["staged save"] = self.checkpoints._staging.nbytes
+        if updater.offload.host_bytes:
+            self.host["offloaded optimizer"] = updater.offload.host_bytes
         while self.checkpoints.under_way:
             self.checkpoints.poll()
 
     def last_save(self) -> None:
         """Save as a run does at its end; note what that takes of the host's memory."""
         self.checkpoints._staging.clear()
+        self.update.updater.offload.before_step()
         self.live.begin()
         before = self.live.peak
         progress = {"step": 3, "consumed_samples": 0, "config": self.cfg.model_dump(mode="json")}

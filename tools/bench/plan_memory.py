@@ -30,7 +30,7 @@ from tools.bench.memory_cases import CASES, LIMIT_S, predicted
 
 TOLERANCE = 0.10
 HELD = ("weights", "gradients", "optimizer")
-HOST = ("reference", "staged save", "last save")
+HOST = ("reference", "offloaded optimizer", "staged save", "last save")
 HEADINGS = ("case", "stage", "phase", "predicted", "measured", "error", "coming and going", "resident")
 
 
