@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: S403 - the exception only
@@ -205,10 +207,31 @@ def _write_generators(states: dict[str, torch.Tensor], path: Path) -> list[Path]
 
 def _sharded(policy: Policy, optimizer: MegatronOptimizer, kind: str, is_loading: bool) -> dict[str, Any]:
     model = {f"chunk_{i}": chunk.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
-    state = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=sharding(kind))
+    with _padding_counted(optimizer) if kind == "fully_reshardable" else nullcontext():
+        state = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=sharding(kind))
     if kind == "dp_reshardable" and not is_loading:
         _clear_padding(state["param_state"])
     return {"optimizer": state}
+
+
+@contextmanager
+def _padding_counted(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let the padding behind a bucket be a part of it.
+
+    megatron-core 0.16 gathers buckets one behind the other without it, but takes parameters from places that count it:
+    those of the second bucket and the next would be cut out of their neighbours.
+    """
+    buffers = [b for inner in optimizer.chained_optimizers if not inner.is_stub_optimizer for b in inner.buffers]
+    before = [(part, part.numel_unpadded) for buffer in buffers for part in (buffer, *buffer.buckets)]
+    for buffer in buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+    try:
+        yield
+    finally:
+        for part, size in before:
+            part.numel_unpadded = size
 
 
 def _clear_padding(param_state: dict[Any, Any]) -> None:

@@ -308,12 +308,14 @@ class _Rank:
         if cfg.train.async_save:
             out["staged save"] = self._published() * self.item + shard * STATE_BYTES
         # `get_parameter_state_dp_zero`: all of the state; of one bucket besides this rank's shard, and one kind of
-        # numbers from every rank, in order, and the kind before it in order. Weights are gathered before that, a file
-        # at a time.
-        bucket = max(self._buckets(chunks))
+        # numbers from every rank, in order, and the kind before it in order; or this rank's shard of the next bucket in
+        # place of one of these. Weights are gathered before that, a file at a time.
+        bucket = max(buckets := self._buckets(chunks))
         if cfg.parallel.overlap_grad_reduce and self.stage == 0:
-            bucket = min(bucket, cfg.parallel.bucket_size + max(chunk.largest for chunk in chunks))
-        state = self._buffer(chunks) * STATE_BYTES + bucket * 3 * FP32 + -(-bucket // self.dp) * STATE_BYTES
+            buckets = [bucket := min(bucket, cfg.parallel.bucket_size + max(chunk.largest for chunk in chunks))] * 2
+        part, turn = -(-bucket // self.dp) * STATE_BYTES, bucket * FP32
+        gathered = max(3 * turn + part, (2 * turn + 2 * part) * (len(buckets) > 1))
+        state = self._buffer(chunks) * STATE_BYTES + gathered
         out["last save"] = max(state, min(self._published() * self.item, SHARD_BYTES))
         out |= self._prompts()
         if cfg.method == "grpo":

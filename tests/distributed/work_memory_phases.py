@@ -24,17 +24,15 @@ from tests.distributed.work_replicas import Trainer, drawn_groups
 
 STEPS = 3
 BUCKET = 20_000  # of some 150,000 parameters
-ONE_BUCKET: dict[str, Any] = {"overlap_grad_reduce": True}
-BUCKETS: dict[str, Any] = {**ONE_BUCKET, "bucket_size": BUCKET}
-GATHER = {"overlap_param_gather": True}
-# what `parallel` says, whether buckets wait until backward is done, optimizer steps on each batch
+REDUCE: dict[str, Any] = {"overlap_grad_reduce": True}
+BOTH: dict[str, Any] = {**REDUCE, "overlap_param_gather": True}
+BUCKETS: dict[str, Any] = {**BOTH, "bucket_size": BUCKET}
+# what `parallel` says, and whether buckets wait until backward is done
 WAYS = {
-    "plain": ({}, False, 2),
-    "one bucket": (ONE_BUCKET, False, 2),
-    "gather": ({**ONE_BUCKET, **GATHER}, False, 2),
-    "buckets": (BUCKETS, False, 2),
-    "buckets, gather": ({**BUCKETS, **GATHER}, False, 2),
-    "buckets at the end": (BUCKETS, True, 2),
+    "plain": ({}, False),
+    "both": (BOTH, False),
+    "buckets": (BUCKETS, False),
+    "buckets at the end": ({**REDUCE, "bucket_size": BUCKET}, True),
 }
 STAGES = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 
@@ -44,7 +42,7 @@ class Offloading(Trainer):
 
     def __init__(self, source: Path, mesh: Mesh, dtype: str, sections: dict[str, Any], lopsided: bool = False) -> None:
         self.mesh = mesh
-        cfg = work.settings(work.SMALL, precision=dtype, **sections)
+        cfg = work.settings(precision=dtype, **{"grpo": {"beta": 0.0}, **sections})
         self.policy = work.load_policy(source, mesh, dtype=device.DTYPES[dtype])
         self.optimizer = parallel_optimizer.build(cfg.optimizer, self.policy.wrap_for_training())
         self.updater = Updater(self.policy, self.optimizer, cfg)
@@ -69,10 +67,10 @@ def overlapped(root: Path, ways: list[str], **sizes: int) -> None:
     """Take the same steps in each of `ways`; write digests, metrics, and how many buckets went before the end."""
     seen: dict[str, Any] = {}
     for way in ways:
-        overlap, late, iterations = WAYS[way]
+        overlap, late = WAYS[way]
         with layout(config.ParallelConfig(**overlap, **sizes)) as mesh:
-            grpo = {"beta": 0.0, "num_iterations": iterations}
-            trainer = Offloading(root / "untied", mesh, "fp32", {"grpo": grpo}, lopsided=True)
+            sections = {"grpo": {"beta": 0.0, "num_iterations": 2}, "train": {"micro_batch_tokens": work.SMALL}}
+            trainer = Offloading(root / "untied", mesh, "fp32", sections, lopsided=True)
             if late:
                 for chunk in trainer.policy.ddp:
                     chunk._ready = lambda _: None  # type: ignore[method-assign]
@@ -113,7 +111,7 @@ def offloaded(root: Path) -> None:
 
 
 def _offloaded(root: Path, mesh: Mesh, dtype: str, when: str) -> dict[str, Any]:
-    sections = {"optimizer": {"offload": when, "lr": work.LEARNING_RATE}, "grpo": {"beta": 0.0, "num_iterations": 2}}
+    sections = {"optimizer": {"offload": when}}
     trainer = Offloading(root / "untied", mesh, dtype, sections)
     offload, out = trainer.updater.offload, root / f"offload_{dtype}_{when}"
     if mesh.rank == 0:
@@ -153,8 +151,44 @@ def _bytes(trainer: Offloading) -> dict[str, int]:
     return {"gradients": sum(b.grad_data.untyped_storage().nbytes() for b in buffers), "state": state_bytes}
 
 
+def other_buckets(root: Path) -> None:
+    """Save in both formats with many buckets; go on without them from the one that any layout may load."""
+    with layout(config.ParallelConfig(**BUCKETS)) as mesh:
+        rank, saved = mesh.rank, root / "many_buckets"
+        trainer = Offloading(root / "untied", mesh, "fp32", {})
+        trainer.step()
+        progress = {"config": {"parallel": mesh.layout.model_dump(mode="json")}}
+        for kind in state.FORMATS:
+            if rank == 0:
+                (saved / kind).mkdir(parents=True)
+            dist.barrier()
+            state.save(trainer.policy, trainer.optimizer, progress, saved / kind, kind)
+        work.write_weights(trainer.policy, root / "untied", saved / "hf")
+        norms = {"straight": [trainer.step()["train/grad_norm"] for _ in range(2)]}
+    with layout("dp2") as mesh:
+        trainer = Offloading(saved / "hf", mesh, "fp32", {})
+        try:
+            state.load(trainer.policy, trainer.optimizer, saved / "dp_reshardable")
+        except ValueError as error:
+            refused = str(error)
+        state.load(trainer.policy, trainer.optimizer, saved / "fully_reshardable")
+        trainer.updater.replicas.remember()
+        norms["resumed"] = [trainer.step()["train/grad_norm"] for _ in range(2)]
+    (root / f"other_buckets_{rank}.json").write_text(json.dumps({"refused": refused, **norms}))
+
+
+def one_copy(root: Path) -> None:
+    """Go on alone from what two data-parallel ranks saved of their own parts of many buckets."""
+    with layout(config.ParallelConfig(**BUCKETS)) as mesh:
+        trainer = Offloading(root / "many_buckets" / "hf", mesh, "fp32", {})
+        state.load(trainer.policy, trainer.optimizer, root / "many_buckets" / "dp_reshardable")
+        norms = [trainer.step()["train/grad_norm"] for _ in range(2)]
+    (root / "one_copy.json").write_text(json.dumps(norms))
+
+
 def everything(root: Path) -> None:
     """All that two ranks do, in one job."""
     torch.set_num_threads(1)
     overlapped(root, list(WAYS))
     offloaded(root)
+    other_buckets(root)

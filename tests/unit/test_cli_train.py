@@ -41,6 +41,10 @@ def refused(capfd: pytest.CaptureFixture[str], *words: object) -> str:
         ),
         ("parallel.pipeline_layers=[4,1]", "parallel: pipeline_layers has 2 numbers; pipeline x virtual"),
         (
+            "parallel.overlap_param_gather=true",
+            "overlap_param_gather goes by the buckets of overlap_grad_reduce",
+        ),
+        (
             "rollout.max_cache_tokens=20",
             "rollout.max_cache_tokens=20 is too small: the longest prompt (data.max_prompt_t",
         ),
