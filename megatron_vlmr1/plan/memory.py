@@ -310,12 +310,12 @@ class _Rank:
         # `get_parameter_state_dp_zero`: all of the state; of one bucket besides this rank's shard, and one kind of
         # numbers from every rank, in order, and the kind before it in order; or this rank's shard of the next bucket in
         # place of one of these. Weights are gathered before that, a file at a time.
-        bucket = max(buckets := self._buckets(chunks))
+        first, second = max(self._buckets(chunks)), 0
         if cfg.parallel.overlap_grad_reduce and self.stage == 0:
-            buckets = [bucket := min(bucket, cfg.parallel.bucket_size + max(chunk.largest for chunk in chunks))] * 2
-        part, turn = -(-bucket // self.dp) * STATE_BYTES, bucket * FP32
-        gathered = max(3 * turn + part, (2 * turn + 2 * part) * (len(buckets) > 1))
-        state = self._buffer(chunks) * STATE_BYTES + gathered
+            largest = cfg.parallel.bucket_size + max(chunk.largest for chunk in chunks)
+            first, second = min(first, largest), min(max(first - largest, 0), largest)
+        parts = [-(-bucket // self.dp) * STATE_BYTES for bucket in (first, second)]
+        state = self._buffer(chunks) * STATE_BYTES + parts[0] + 2 * first * FP32 + max(first * FP32, parts[1])
         out["last save"] = max(state, min(self._published() * self.item, SHARD_BYTES))
         out |= self._prompts()
         if cfg.method == "grpo":

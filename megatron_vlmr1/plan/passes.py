@@ -147,6 +147,17 @@ def reference_swap(task: Task) -> Cost:
     )
 
 
+def offloaded_state(task: Task) -> Cost:
+    """Return the way of the optimizer's state to the host and back, once each (`parallel.offload`)."""
+    device, place = task.device, task.place
+    each = 12.0 if device.item < 4 else 8.0
+    stages = [stage_parameters(task.shape, place, stage) for stage in range(place.pp)]
+    most = max(language + (0 if task.freeze_vision else tower) for language, tower in stages) / place.dp
+    return Cost(device.send("pcie", most * each, "offload").seconds_by_part) * 2 + Cost(
+        {}, {("pcie", "offload"): most * each}
+    )
+
+
 def checkpoint_bytes(shape: PlanShape, freeze_vision: bool, item: int) -> tuple[int, int]:
     """Return the bytes of a checkpoint: (weights, optimizer: fp32 masters, where weights are not fp32, and moments)."""
     whole = Layout(1, 1, 1, 1, False, (shape.text.num_layers,), 1)

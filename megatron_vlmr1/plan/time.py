@@ -37,6 +37,7 @@ class Program:
         max_cache_tokens: of a rank.
         max_prefill_tokens: of one pass.
         precision: of layers in training; generation is in bf16 where that is fp8.
+        offloads: how often in a step the optimizer's state goes to the host and comes back.
         graphs: whether generation's kernels are launched as CUDA graphs; here they are not.
         overlap: whether gradients, gathered weights and tensor-parallel sums hide behind compute; here they do not.
     """
@@ -53,6 +54,7 @@ class Program:
     max_cache_tokens: int = 1 << 60
     max_prefill_tokens: int = 1 << 60
     precision: str = "bf16"
+    offloads: int = 0
     graphs: bool = False
     overlap: bool = False
 
@@ -63,6 +65,7 @@ def program(cfg: Config, num_layers: int, world: int, per_node: int) -> Program:
     Raises:
         ValueError: ranks or layers do not divide.
     """
+    iterations = cfg.grpo.num_iterations if cfg.method == "grpo" else 1
     return Program(
         place=layout(cfg.parallel, num_layers, world, per_node),
         decoding=_sizes(decoding_layout(cfg)),
@@ -72,10 +75,11 @@ def program(cfg: Config, num_layers: int, world: int, per_node: int) -> Program:
         freeze_vision=cfg.model.freeze_vision,
         grpo=cfg.method == "grpo",
         beta=cfg.grpo.beta > 0,
-        iterations=cfg.grpo.num_iterations if cfg.method == "grpo" else 1,
+        iterations=iterations,
         max_cache_tokens=cfg.rollout.max_cache_tokens,
         max_prefill_tokens=cfg.rollout.max_prefill_tokens,
         precision=cfg.precision,
+        offloads={"none": 0, "rollout": int(cfg.method == "grpo"), "always": iterations}[cfg.optimizer.offload],
     )
 
 
@@ -203,7 +207,8 @@ def update(task: passes.Task, how: Program) -> Cost:
     end = passes.after_backward(task)
     if how.overlap:
         once, end = once.without("tensor parallel", "pipeline"), end.without("gradients", "weights")
-    return total((tower, (once + end) * how.iterations))
+    away = passes.offloaded_state(task) * how.offloads if how.offloads else NOTHING
+    return total((tower, (once + end) * how.iterations, away))
 
 
 def useful_flops(shape: PlanShape, how: Program, work: Workload) -> tuple[float, float]:

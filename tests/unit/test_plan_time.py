@@ -222,6 +222,10 @@ def test_a_step_has_the_phases_of_its_config():
     assert list(sft.phases) == ["update", "other"]
 
 
+def recipe7() -> config.Config:
+    return config.load(ROOT / "configs" / "recipe" / "7b.yaml")
+
+
 def test_what_makes_a_step_slower():
     shape = SHAPES["7b"]
 
@@ -231,6 +235,12 @@ def test_what_makes_a_step_slower():
         return {p: c.seconds for p, c in step_time(H100, shape, how, workload(cfg, shape.vision)).phases.items()}
 
     base = seconds()
+    # 12 bytes of state for each parameter, of which two copies have half each, to the host and back
+    state = sum(passes.stage_parameters(shape, program(recipe7(), 28, 8, 8).place, 0)) / 2 * 12
+    for how, times in (("rollout", 1), ("always", 3)):
+        more = seconds(f"optimizer.offload={how}", "grpo.num_iterations=3")["update"]
+        more -= seconds("grpo.num_iterations=3")["update"]
+        assert more == pytest.approx(times * 2 * state / H100.rates["pcie"], rel=1e-3)
     assert seconds("recompute.granularity=full", "recompute.modules=null")["update"] > base["update"]
     assert seconds("rollout.max_new_tokens=512")["rollout"] > 1.9 * base["rollout"]
     assert seconds("rollout.max_cache_tokens=9216")["rollout"] > 2 * base["rollout"]  # groups one after another
