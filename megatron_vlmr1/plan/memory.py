@@ -210,6 +210,8 @@ class _Rank:
     def _update(self, chunks: Sequence[Chunk], batches: Sequence[MicroBatch]) -> Parts:
         """Return the dearest moment of forward and backward, or of the optimizer's step."""
         moments = [*self._passes(chunks, batches), self._optimizer_step(chunks)]
+        if self.device == "cpu":  # gloo reduces and scatters a copy
+            moments.append({"gradient reduction": max(self._buckets(chunks)) * GRADIENT_BYTES})
         if self.tp > 1 and self.trains_tower:  # laid one after another, and summed over the tensor-parallel group
             moments.append({"tower gradients": sum(chunks[0].tower) * GRADIENT_BYTES})
         return joined(self._embeddings(), dearest(moments))
