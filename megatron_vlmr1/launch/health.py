@@ -8,6 +8,7 @@ from megatron_vlmr1.telemetry.nvml import Health
 
 MIN_DISK_BYTES = 256 << 20  # free where a run writes; checkpoints that find no room are told of and tried again
 MIN_MEMORY_BYTES = 256 << 20  # available on a node
+SLOW_DISK_BYTES_S = 20e6  # a disk that writes as much is no slow one, whatever others do
 MIN_GPU_FREE = 0.85  # of its memory, before a model is loaded; CUDA and NCCL hold some already
 
 
