@@ -35,8 +35,8 @@ def port_problem(host: str, port: int | None) -> str:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            return f"telemetry.prometheus_port={port} cannot be had at {host}: {error.strerror}"
+        except (OSError, TypeError) as error:  # the latter of a host that is no name
+            return f"telemetry.prometheus_port={port} cannot be had at {host}: {getattr(error, 'strerror', error)}"
     return ""
 
 

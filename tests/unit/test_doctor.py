@@ -152,6 +152,12 @@ def test_limits_and_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert doctor_host._memory().state == "bad"
 
 
+@pytest.mark.parametrize("text", ["abc", "99999", "-1"])
+def test_a_master_port_that_is_none(text: str) -> None:
+    line = doctor_host._master_port(text)
+    assert (line.state, line.found) == ("bad", f"{text!r} is no port")
+
+
 def test_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
