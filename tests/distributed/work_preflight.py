@@ -18,12 +18,12 @@ from megatron_vlmr1.config import Config
 from megatron_vlmr1.errors import RunStopped
 from megatron_vlmr1.launch import preflight, preflight_network, preflight_node
 from megatron_vlmr1.launch.versions import DRIVER
-from megatron_vlmr1.runtime import clocks, device
+from megatron_vlmr1.runtime import clocks, device, distributed
 from megatron_vlmr1.telemetry import nvml
 from tests.fake_nvml import FakeNvml
 
-# Of every large message on a slow link: those of the test take about a millisecond, and 20 where the machine is busy.
-LATE_S = 0.1
+# Of every large message on a slow link: those of the test take about a millisecond, and ten where the machine is busy.
+LATE_S = 0.05
 
 
 def config(level: str, seed: int = 0) -> Config:
@@ -34,7 +34,7 @@ def config(level: str, seed: int = 0) -> Config:
 def everything(directory: Path) -> None:
     """Every case on four nodes of one rank, and on two nodes of two; what each rank saw goes to a file."""
     rank = dist.get_rank()
-    preflight._SEEN_S, preflight._PAUSE_S, preflight_network._REPEATS = 0.5, 0.1, 2
+    preflight._SEEN_S, preflight._PAUSE_S = 0.5, 0.1
     seen: dict[str, Any] = {}
     for name, (level, fault, environment) in CASES.items():
         log_dir = directory / name / "logs" / "attempt_0"
@@ -45,6 +45,13 @@ def everything(directory: Path) -> None:
             nodes = {"SLURMD_NODENAME": f"n{rank // 2}", "LOCAL_RANK": str(rank % 2)}
         with mock.patch.dict(os.environ, {**nodes, **environment}), fault(rank):
             seen[name] = ending(level, log_dir, rank)
+    seen["cuda_lost"] = [None, ""]
+    lost = {"SLURMD_NODENAME": f"n{rank // 2}"}
+    with mock.patch.dict(os.environ, lost), mock.patch.object(device, "has_cuda", lambda: rank not in (2, 3)):
+        try:
+            distributed._check_same_devices()
+        except ValueError as error:
+            seen["cuda_lost"] = [2, str(error)]
     (directory / f"rank_{rank}.json").write_text(json.dumps(seen))
 
 
