@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vlmr1.config import Config, decoding_layout
+from megatron_vlmr1.models import fp8
 from megatron_vlmr1.models.shape import padded
 from megatron_vlmr1.plan.activations import FP32, INDEX, Layer, Widths, chunk_kept, norm
 from megatron_vlmr1.plan.counts import Chunk, stage_chunks
@@ -69,6 +70,7 @@ def rank_memory(
         ValueError: the ranks, the layout or the cache do not fit.
     """
     shape.check_layout(cfg.parallel)
+    fp8.check(cfg, shape.text)
     cfg.recompute.check(cfg.parallel.layers_by_chunk(shape.text.num_layers))
     dp = cfg.parallel.data_parallel_size(world)
     given = load or largest(cfg, shape, world)
@@ -92,7 +94,7 @@ class _Rank:
 
     @property
     def item(self) -> int:
-        return 2 if self.cfg.precision == "bf16" else 4
+        return 2 if self.cfg.precision.dtype == "bf16" else 4
 
     @property
     def tp(self) -> int:
