@@ -265,6 +265,7 @@ class Run:
             "bad_steps": self.updater.bad_steps,
             "recent": self.spikes.recent,
             "skipped": skipped,
+            "layer_spec": self.actor.policy.layers.spec,
             "data_sha256": self.shards.digest(),
             **self.weights_sha256,
             "config": self.cfg.model_dump(mode="json"),
