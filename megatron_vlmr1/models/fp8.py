@@ -20,6 +20,9 @@ BLOCK = 128  # numbers that share a scale in `blockwise`, along each side of a w
 CAPABILITY: Final = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
 """Least compute capability of each recipe (Transformer Engine's `check_fp8_support` and its block-scaling twin)."""
 
+CUDA: Final = {"delayed": (12, 1), "tensorwise": (12, 1), "blockwise": (12, 9)}
+"""Least version of CUDA, from the same places."""
+
 
 def check_installed(cfg: Config) -> None:
     """Refuse what needs Transformer Engine where it is not installed; it is looked for, never imported.

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_vlmr1.config import Config, PrecisionConfig
 from megatron_vlmr1.models.attention import CoreAttention
-from megatron_vlmr1.models.fp8 import CAPABILITY, check_installed
+from megatron_vlmr1.models.fp8 import CAPABILITY, CUDA, check_installed
 from megatron_vlmr1.models.layers import RMSNorm
 from megatron_vlmr1.runtime import device
 
@@ -50,6 +50,9 @@ def layers(cfg: Config) -> Layers:
             f"precision.fp8={fp8} needs a GPU of compute capability {need} (Hopper is 9.0), but "
             f"{device.name()} has {have}: use precision.fp8=none"
         )
+    if fp8 != "none" and (built := device.cuda_version()) < CUDA[fp8]:
+        have, need = (".".join(map(str, pair)) for pair in (built, CUDA[fp8]))
+        raise ValueError(f"precision.fp8={fp8} needs CUDA {need}, but torch is built for {have}: install a newer torch")
     return Layers("te" if usable and spec != "torch" else "torch", cfg.precision)
 
 

@@ -58,6 +58,12 @@ def capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
 
 
+def cuda_version() -> tuple[int, int]:
+    """Return the version of CUDA that torch is built for; CUDA only."""
+    major, minor = str(torch.version.cuda).split(".")[:2]
+    return int(major), int(minor)
+
+
 def uuid() -> str | None:
     """Return the name by which NVML knows this process's GPU; None on a CPU."""
     return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}" if has_cuda() else None

@@ -55,9 +55,10 @@ def settings(spec: str = "auto", fp8: str = "none") -> config.Config:
 def machine(monkeypatch):
     """Pretend a machine: whether there is CUDA, Transformer Engine, and which capability."""
 
-    def pretend(cuda: bool, engine: bool, capability: tuple[int, int] = (9, 0)) -> None:
+    def pretend(cuda: bool, engine: bool, capability: tuple[int, int] = (9, 0), version: str = "13.0") -> None:
         monkeypatch.setattr(device, "has_cuda", lambda: cuda)
         monkeypatch.setattr(device, "capability", lambda: capability)
+        monkeypatch.setattr(torch.version, "cuda", version)
         monkeypatch.setattr(device, "name", lambda: "NVIDIA A100-SXM4-80GB")
         found = SimpleNamespace() if engine else None
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
@@ -111,6 +112,10 @@ def test_fp8_on_a_gpu_that_has_it(machine):
     assert layers(settings(fp8="delayed")) == Layers("te", PrecisionConfig(fp8="delayed"))
     machine(True, True, (9, 0))
     assert layers(settings("te", "blockwise")).precision.fp8 == "blockwise"
+    machine(True, True, (9, 0), "12.8")
+    with pytest.raises(ValueError, match="precision.fp8=blockwise needs CUDA 12.9, but torch is built for 12.8"):
+        layers(settings("te", "blockwise"))
+    assert layers(settings("te", "tensorwise")).precision.fp8 == "tensorwise"
 
 
 @pytest.mark.parametrize("size", WIDTHS)
