@@ -19,7 +19,7 @@ def lines(cfg: Config, shape: PlanShape, world: int) -> Iterator[str]:
         ValueError: the ranks, the layout or the cache do not fit.
     """
     tp, pp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
-    device: Device = "cpu" if cfg.precision == "fp32" else "cuda"
+    device: Device = "cpu" if cfg.precision.dtype == "fp32" else "cuda"
     stages = rank_memory(cfg, shape, world, device)
     tokens, flops = step_work(cfg, shape)
     vp = cfg.parallel.virtual_pipeline_model_parallel_size

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vlmr1.config import Config, decoding_layout
+from megatron_vlmr1.models import fp8
 from megatron_vlmr1.models.shape import padded
 from megatron_vlmr1.plan.activations import FP32, INDEX, Layer, Widths, chunk_kept, norm
 from megatron_vlmr1.plan.counts import Chunk, stage_chunks
@@ -29,6 +30,7 @@ TILES = {"cpu": (1024, 512), "cuda": (4096, 8192)}  # `models.logprobs.TILES`: p
 CHECKSUM_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 22}  # `parallel.replicas`: weights of a checksum, int64
 # Assumed, not measured here: a CUDA context with its libraries' kernels, NCCL's buffers, and cuBLAS's workspace.
 RUNTIME_BYTES = {"cpu": 0, "cuda": 1_500_000_000}
+FP8_COPIES = 2  # assumed: Transformer Engine keeps each weight of a layer in FP8, by rows and by columns
 PROCESS_BYTES = 350_000_000  # measured on a CPU: Python with torch, megatron-core and transformers
 REWARD_PROCESS_BYTES = 150_000_000  # assumed: a Python process with numpy, and without torch
 SHARD_BYTES = 5 * 10**9  # `checkpoint.writer.MAX_SHARD_BYTES`
@@ -69,6 +71,7 @@ def rank_memory(
         ValueError: the ranks, the layout or the cache do not fit.
     """
     shape.check_layout(cfg.parallel)
+    fp8.check(cfg, shape.text)
     cfg.recompute.check(cfg.parallel.layers_by_chunk(shape.text.num_layers))
     dp = cfg.parallel.data_parallel_size(world)
     given = load or largest(cfg, shape, world)
@@ -92,7 +95,7 @@ class _Rank:
 
     @property
     def item(self) -> int:
-        return 2 if self.cfg.precision == "bf16" else 4
+        return 2 if self.cfg.precision.dtype == "bf16" else 4
 
     @property
     def tp(self) -> int:
@@ -141,6 +144,9 @@ class _Rank:
             "optimizer": shard * (MOMENT_BYTES + (MASTER_BYTES if self.item < FP32 else 0)),
             "runtime": RUNTIME_BYTES[self.device],
         }
+        if self.cfg.precision.fp8 != "none":
+            of_a_layer = sum(rows * columns for rows, columns in fp8.matrices(self.shape.text, self.tp).values())
+            out["fp8 weights"] = FP8_COPIES * of_a_layer * sum(chunk.layers for chunk in chunks)
         if self.cfg.parallel.sequence_parallel:  # megatron-core's global memory buffer, never given back
             out["gather buffer"] = batch.tokens * self.shape.text.hidden_size * self.item
         # A chunk remembers the last input that another stage sent it, and that has its gradient.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from megatron_vlmr1.config import Config, ParallelConfig, RecomputeConfig, decoding_layout
 from megatron_vlmr1.config.rules import check_cache, check_shares
+from megatron_vlmr1.models import fp8
 from megatron_vlmr1.plan import passes, search
 from megatron_vlmr1.plan.costs import Device
 from megatron_vlmr1.plan.hardware import Hardware
@@ -161,7 +162,7 @@ class _Planner:
     def __init__(self, cfg: Config, shape: PlanShape, hardware: Hardware, world: int, work: Workload) -> None:
         self.cfg, self.shape, self.hardware, self.world, self.work = cfg, shape, hardware, world, work
         self.per_node = min(world, hardware.devices_per_node)
-        self._device = Device(hardware, cfg.precision)
+        self._device = Device(hardware, cfg.precision.products)
         self._failed: dict[object, list[RankMemory]] = {}
         self._tensor: dict[int, str] = {}
 
@@ -193,6 +194,10 @@ class _Planner:
         """Return the first rule that a layout breaks, without its numbers; "" for none."""
         if problem := self._tensor_problem(parallel.tensor_model_parallel_size):
             return problem
+        try:
+            fp8.check(self.cfg.model_copy(update={"parallel": parallel}), self.shape.text)
+        except ValueError:
+            return "FP8 does not fit the matrices of a rank, the micro-batches or the layers of a stage"
         if self.cfg.train.prompts_per_step % copies:
             return f"train.prompts_per_step={self.cfg.train.prompts_per_step} is not a multiple of the copies"
         return self._static_misfit(parallel, copies, found)

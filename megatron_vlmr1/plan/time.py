@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_vlmr1.config import Config, ParallelConfig, RecomputeConfig, decoding_layout
+from megatron_vlmr1.config.rules import FP8_MULTIPLE
 from megatron_vlmr1.plan import passes, rollout_time
 from megatron_vlmr1.plan.costs import NOTHING, Cost, Device, total
 from megatron_vlmr1.plan.hardware import Hardware
@@ -75,7 +76,7 @@ def program(cfg: Config, num_layers: int, world: int, per_node: int) -> Program:
         iterations=cfg.grpo.num_iterations if cfg.method == "grpo" else 1,
         max_cache_tokens=cfg.rollout.max_cache_tokens,
         max_prefill_tokens=cfg.rollout.max_prefill_tokens,
-        precision=cfg.precision,
+        precision=cfg.precision.products,
     )
 
 
@@ -171,7 +172,7 @@ def training_task(device: Device, shape: PlanShape, how: Program, work: Workload
         how.micro_batch_tokens,
         how.micro_batches or place.pp,
         place.pp if place.vp > 1 else 1,
-        place.tp if place.sequence_parallel else 1,
+        (place.tp if place.sequence_parallel else 1) * (FP8_MULTIPLE if how.precision == "fp8" else 1),
     )
     return passes.Task(device, shape, place, work, batch, how.recompute, how.freeze_vision)
 
