@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: the study is refused; one line.
     """
     from megatron_vlmr1.launch import cluster as clusters
+    from megatron_vlmr1.launch import slurm
     from megatron_vlmr1.launch.study import DONE, Study
     from megatron_vlmr1.launch.study_jobs import LocalJobs, SlurmJobs
     from megatron_vlmr1.plan import study as studies
@@ -70,10 +71,15 @@ def run(args: argparse.Namespace) -> int:
     cells = studies.cells(study, ranks_per_node, config_file, out)
     if args.dry_run:
         return _print_cells(cells, args.json)
-    with held(out):
-        jobs = SlurmJobs(config_file, cluster, study.at_once, study.time) if cluster else LocalJobs(config_file)
-        whole = Study(path.stem, cells, config_file, out, jobs, study.warmup_steps, _say)
-        whole.run(args.retry_failed)
+    if cluster:
+        slurm.check_installed()
+    try:
+        with held(out):
+            jobs = SlurmJobs(config_file, cluster, study.at_once, study.time) if cluster else LocalJobs(config_file)
+            whole = Study(path.stem, cells, config_file, out, jobs, study.warmup_steps, _say)
+            whole.run(args.retry_failed)
+    except OSError as error:
+        raise ValueError(f"{out}: {error.strerror or error}; the same command goes on once that is mended") from error
     if args.json:
         print_json({"out": str(out), "cells": [state.document() for state in whole.states]})
     else:
