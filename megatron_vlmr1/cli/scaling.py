@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     study = studies.read(path)
     out = (args.out or Path("runs", "scaling", path.stem)).absolute()
     config_file = _config_of(study, path)
-    cluster = clusters.load(study.cluster) if study.cluster else None
+    cluster = clusters.load(_beside(path, study.cluster) or study.cluster) if study.cluster else None
     ranks_per_node = cluster.ranks_per_node if cluster else study.ranks_per_node or 1
     cells = studies.cells(study, ranks_per_node, config_file, out)
     if args.dry_run:
@@ -106,8 +106,13 @@ def report(args: argparse.Namespace) -> int:
 
 def _config_of(study: StudyConfig, path: Path) -> Path:
     """The runs' config: beside the study, from here, or one that came with the package."""
-    beside = path.parent / study.config
-    return (beside if beside.is_file() else find_config(study.config)).absolute()
+    return Path(_beside(path, study.config) or find_config(study.config)).absolute()
+
+
+def _beside(path: Path, name: str) -> str:
+    """A file that a study names, if it is beside the study; else nothing."""
+    beside = path.parent / name
+    return str(beside) if beside.is_file() else ""
 
 
 def _print_cells(cells: Sequence[Cell], as_json: bool) -> int:

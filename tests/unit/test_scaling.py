@@ -70,7 +70,8 @@ def test_the_grid_has_every_point_once(tmp_path: Path, base: Path) -> None:
     [
         ({"node": [1]}, "unknown key node; did you mean nodes?"),
         ({"nodes": []}, "nodes: "),
-        ({"nodes": [2, 2]}, "names a number twice"),
+        ({"nodes": [2, 2]}, "nodes=[2, 2] names one twice"),
+        ({"scaling": ["weak", "weak"]}, "scaling=['weak', 'weak'] names one twice"),
         ({"axes": {"layout": {}}}, "axes.layout has no point"),
         ({"axes": {"layout": {"../x": {}}}}, "label '../x'"),
         ({"overrides": {"run_dir": "x"}}, "run_dir is set by the study"),
@@ -154,10 +155,24 @@ def run_study(folder: Path, base: Path, jobs: FakeJobs, retry_failed: bool = Fal
     return study
 
 
+def test_a_cluster_beside_the_study_says_how_many_ranks_a_node_has(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.yaml").write_text("tasks_per_node: 3\n")
+    path = write_study(tmp_path, config=str(base), cluster="mine.yaml", ranks_per_node=None)
+    assert main(["scaling", "run", str(path), "--dry-run", "--json"]) == 0
+    assert {cell["ranks"] for cell in json.loads(capsys.readouterr().out)["cells"]} == {3, 12}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["scaling", "run", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "sbatch: not found" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_figures_of_a_finished_study(tmp_path: Path, base: Path) -> None:
     study = run_study(tmp_path, base, FakeJobs())
     assert [state.state for state in study.states] == [DONE] * 6
-    rows = {row.name: row for row in read_rows(tmp_path / "out", CPU)}
+    (tmp_path / "out").rename(tmp_path / "elsewhere")  # a study can be moved
+    rows = {row.name: row for row in read_rows(tmp_path / "elsewhere", CPU)}
+    (tmp_path / "elsewhere").rename(tmp_path / "out")
     one, strong, weak = rows["n1-dp-b8"], rows["n4-dp-b8-strong"], rows["n4-dp-b8-weak"]
     assert (one.step_s, strong.step_s, weak.step_s) == (2.0, 1.0, 2.5)  # first step and saves left out
     assert one.efficiency == {"strong": 1.0, "weak": 1.0}
@@ -242,8 +257,9 @@ def test_a_layout_that_does_not_fit_is_shown_and_the_others_run(tmp_path: Path, 
 
 
 def test_a_real_study_of_one_cell(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = {"train.steps": 2 * STEPS, "train.save_every": 1}
-    path = write_study(tmp_path, config=str(base), nodes=[1], axes={}, scaling=["strong"], overrides=overrides)
+    overrides = {"train.steps": 2 * STEPS, "train.save_every": 1, "parallel.tensor_model_parallel_size": 1}
+    facts = {"config": str(base), "nodes": [1], "ranks_per_node": 1, "axes": {}, "scaling": ["strong"]}
+    path = write_study(tmp_path, **facts, overrides=overrides)
     out = tmp_path / "out"
     kill_after_a_step(start("scaling", "run", path, "--out", out), out / "cells" / "n1")
     assert main(["scaling", "run", str(path), "--out", str(out), "--json"]) == 0
@@ -253,7 +269,7 @@ def test_a_real_study_of_one_cell(tmp_path: Path, base: Path, capsys: pytest.Cap
     assert main(["scaling", "report", str(out), "--gpu", "cpu", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["cells"]
     assert row["steps"] == 2 * STEPS - 1 and row["step_s"] > 0 and row["strong_efficiency"] == 1.0
-    assert row["rollout_s"] > 0 and row["memory_bytes"] > row["predicted_memory_bytes"] > 1e6
+    assert row["rollout_s"] > 0 and 0.5 < row["memory_bytes"] / row["predicted_memory_bytes"] < 2
     assert row["predicted_step_s"] > 0 and (out / "planned.png").stat().st_size > 5000
     assert main(["scaling", "run", str(path), "--out", str(out)]) == 0
     assert len(list((out / "cells" / "n1" / "logs").glob("attempt_*"))) == 2  # done is done
