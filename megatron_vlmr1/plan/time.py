@@ -170,7 +170,6 @@ def training_task(device: Device, shape: PlanShape, how: Program, work: Workload
         place.dp,
         how.micro_batch_tokens,
         how.micro_batches or place.pp,
-        place.pp if place.vp > 1 else 1,
         place.tp if place.sequence_parallel else 1,
     )
     return passes.Task(device, shape, place, work, batch, how.recompute, how.freeze_vision)

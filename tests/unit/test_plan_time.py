@@ -79,7 +79,7 @@ def test_matrix_products_take_their_flops(recompute):
     free = {f"efficiency.matmul_{name}": 1.0 for name in ("large", "medium", "small")}
     device = Device(hardware.calibrated(H100, free, "assumed"), "bf16")
     work = Workload(4, 1, 2048.0, None, 6144.0, 6144)
-    batch = packed(work, 1, 8192, 4, 1, 8)
+    batch = packed(work, 1, 8192, 4, 8)
     assert (batch.count, batch.tokens, batch.labels) == (4, 8192, 6144)  # 8,191 padded to a multiple of 8
     task = passes.Task(device, shape, where, work, batch, RecomputeConfig(**recompute))
     t = shape.text
@@ -96,7 +96,7 @@ def test_pipeline_bubble():
     shape = SHAPES["72b"]
 
     def run(count: int, vp: int) -> tuple[float, float]:
-        batch = Packed(count=count, empty=0, prompts=1, images=0, tokens=8192, pairs=1e6, labels=0)
+        batch = Packed(count=count, images=0, tokens=8192, pairs=1e6, labels=0)
         task = passes.Task(Device(H100, "bf16"), shape, place(8, 4, 1, vp), Workload(1, 1, 1, None, 1, 1), batch)
         cost = passes.through(task, train=True, tower=False)
         return cost.seconds, cost.seconds_by_part["bubble"]
@@ -126,9 +126,9 @@ def test_packing_is_the_programs():
             cfg = cfg.model_copy(update={"parallel": parallel, "train": train})
             exact = Load(groups, 8, 2048, 256, ()).micro_batches(cfg)
             work = workload(cfg, None)
-            ours = packed(work, 1, budget, pp, pp if vp > 1 else 1, 8)
+            ours = packed(work, 1, budget, pp, 8)
             real = [batch for batch in exact if batch.labels]
-            assert (ours.count, ours.empty) == (len(real), len(exact) - len(real))
+            assert ours.count == len(real)
             assert ours.count * ours.tokens == pytest.approx(sum(batch.tokens for batch in real), rel=0.02)
             assert ours.count * ours.labels == sum(batch.labels for batch in real)
 
@@ -249,7 +249,10 @@ def test_workloads():
     assert workload(cfg, vision, image_tokens=0).grid is None
     with pytest.raises(ValueError, match="--completion-tokens 300: from 1 to rollout.max_new_tokens=256"):
         workload(cfg, vision, completion_tokens=300)
-    with pytest.raises(ValueError, match="an image of 1260 tokens in a prompt of 100"):
+    with pytest.raises(ValueError, match="an image of 1260 tokens in a prompt of 100: say how many with --image-tok"):
         workload(cfg, vision, prompt_tokens=100)
+    for wrong in (-5.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"--image-tokens {wrong:g}: from 0 to the 2048 tokens of its prompt"):
+            workload(cfg, vision, image_tokens=wrong)
     with pytest.raises(ValueError, match="a text model sees no images"):
         workload(cfg, None, image_tokens=5)
