@@ -114,8 +114,8 @@ def _copy(device: Device, shape: PlanShape, which: Engine, training: Layout) -> 
     if not which.is_copy:
         return NOTHING
     place = which.place
-    held = sum(passes.stage_parameters(shape, place, 0)) / place.pp
-    own = 1.0 / training.pp if place.tp == training.tp else 0.0
+    held = sum(passes.stage_parameters(shape, place, 0))
+    own = min(1.0, place.pp / training.pp) if place.tp == training.tp else 0.0
     received = held * device.item * (1.0 - own)
     crosses = training.tp * training.dp * training.pp > training.per_node and training.pp > 1
     sent = device.send("network" if crosses else "nvlink", received, "weights")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ from megatron_vlmr1.plan.workload import Packed, Workload, packed, workload
 ROOT = Path(__file__).resolve().parents[2]
 H100 = hardware.read(ROOT / "configs" / "hardware" / "h100-80gb.yaml")
 SHAPES = {size: read_plan_shape(f"qwen2.5-vl-{size}") for size in ("3b", "7b", "32b", "72b")}
+
+
+RECIPE_72B = config.load(ROOT / "configs" / "recipe" / "72b.yaml")
 
 
 def place(tp: int = 1, pp: int = 1, dp: int = 1, vp: int = 1, num_layers: int = 80) -> Layout:
@@ -52,7 +56,18 @@ def test_rooflines_and_rings_by_hand():
         Device(hardware.read(ROOT / "configs" / "hardware" / "a100-80gb.yaml"), "fp8")
 
 
+def test_a_group_with_ranks_on_each_node_crosses_at_each_of_their_adapters():
+    device = Device(H100, "bf16")
+    assert (place(2, 1, 16).dp_on_node, place(8, 1, 4).dp_on_node, place(2, 4, 2).dp_on_node) == (4, 1, 2)
+    one, four = (device.all_gather("network", 16, 16e9, "x", on_node) for on_node in (1, 4))
+    assert four.sent_bytes == {("network", "x"): 15e9 / 4, ("nvlink", "x"): pytest.approx(15e9 * 3 / 4)}
+    hops = 15 * H100.overheads.network_latency_s.value
+    assert four.seconds - hops == pytest.approx((one.seconds - hops) / 4)
+
+
 def test_links_follow_the_order_of_ranks():
+    # Six ranks of 2 x 3 begin anew within a node of eight: the second group lies on two.
+    assert (place(2, 4, 3).dp_link, place(2, 1, 3).dp_link, place(6, 1, 4).tp_link) == ("network", "nvlink", "network")
     assert (place(8, 4, 2).tp_link, place(8, 4, 2).dp_link, place(8, 4, 2).pp_link) == ("nvlink", "network", "network")
     assert (place(2, 2, 2).dp_link, place(2, 2, 2).pp_link) == ("nvlink", "nvlink")
     assert decoding_links(place(8, 4, 2), 8, 1)[0] == "nvlink"
@@ -195,6 +210,18 @@ def test_ticks_and_rows_of_a_cache(requests, rows, mean):
     assert sum(count * n for count, n, _ in plan) == pytest.approx(fed, rel=0.12)
 
 
+@pytest.mark.parametrize(("pp", "copies"), [(1, 4), (2, 2)])
+def test_copies_of_the_weights_wait_for_each_other(pp, copies):
+    """Each of the copies asks the same ranks for what it has not: all but its own of the four training stages."""
+    shape, training, device = SHAPES["72b"], place(8, 4, 1), Device(H100, "bf16")
+    which = rollout_time.engine(training, (8, pp), 10**6, 8192, 80)
+    parts = rollout_time.rollout(device, shape, which, workload(RECIPE_72B, shape.vision), training)
+    held = 2 * sum(passes.stage_parameters(shape, place(8, pp), 0))
+    assert which.copies == copies
+    wanted = copies * held * (1 - pp / 4) / H100.rates["network"]
+    assert parts["copy"].seconds == pytest.approx(wanted, rel=1e-3)
+
+
 def test_images_are_shared_out_over_tensor_parallel_ranks():
     device, vision = Device(H100, "bf16"), SHAPES["7b"].vision
     one, eight, nine = (layers.tower(device, vision, (70, 72), n, place(8)) for n in (1, 8, 9))
@@ -205,8 +232,7 @@ def test_images_are_shared_out_over_tensor_parallel_ranks():
 
 def test_a_step_has_the_phases_of_its_config():
     shape = SHAPES["72b"]
-    cfg = config.load(ROOT / "configs" / "recipe" / "72b.yaml")
-    how, work = program(cfg, 80, 64, 8), workload(cfg, shape.vision)
+    how, work = program(RECIPE_72B, 80, 64, 8), workload(RECIPE_72B, shape.vision)
     step = step_time(H100, shape, how, work)
     assert list(step.phases) == ["rollout", "reward_exposed", "logprobs", "update", "other"]
     assert step.seconds == pytest.approx(sum(cost.seconds for cost in step.phases.values()))
@@ -217,6 +243,13 @@ def test_a_step_has_the_phases_of_its_config():
     assert sent["network", "weights"] == pytest.approx(parameters, rel=0.1)
     exact = sum(passes.stage_parameters(shape, place(), 0))
     assert step.checkpoint[0] == 2 * exact
+    # Four machines have a first rank of a stage, which writes its weights; all eight write the state.
+    wanted = step.checkpoint[0] / 4 + step.checkpoint[1] / 8
+    assert step.save_s == pytest.approx(wanted / H100.disk_bytes_per_s.value)
+    copied = 2 * (step.checkpoint[0] / 4 + step.checkpoint[1] / 64) / H100.rates["pcie"]
+    assert step.save_exposed_s == pytest.approx(copied)
+    waits = step_time(H100, shape, replace(how, async_save=False), work)
+    assert waits.save_exposed_s == pytest.approx(copied + waits.save_s)
     assert step.rates["perf/tokens_per_s_per_gpu"] == pytest.approx(16 * 8 * 256 / step.seconds / 64)
     sft = step_time(H100, shape, Program(how.place, grpo=False), work)
     assert list(sft.phases) == ["update", "other"]
