@@ -199,7 +199,7 @@ def in_flight(stage: int, pp: int, vp: int, micro_batches: int) -> Iterator[Coun
     backward pass: P - s - 1, or with virtual stages 2 (P - s - 1) + (V - 1) P (`get_pp_rank_microbatches`). Chunks
     take turns of P micro-batches; backward takes them from the last chunk to the first (`get_model_chunk_id`).
     """
-    total = micro_batches * vp
+    total = min(micro_batches, 4 * pp) * vp  # from then on it all comes again
     ahead = (pp - stage - 1) * 2 + (vp - 1) * pp if vp > 1 else pp - stage - 1
     ahead = min(ahead, total)
     kept: Counter[int] = Counter()

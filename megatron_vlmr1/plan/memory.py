@@ -33,6 +33,7 @@ RUNTIME_BYTES = {"cpu": 0, "cuda": 1_500_000_000}
 FP8_COPIES = 2  # assumed: Transformer Engine keeps each weight of a layer in FP8, by rows and by columns
 PROCESS_BYTES = 350_000_000  # measured on a CPU: Python with torch, megatron-core and transformers
 REWARD_PROCESS_BYTES = 150_000_000  # assumed: a Python process with numpy, and without torch
+REWARDS = "reward processes of the node"
 SHARD_BYTES = 5 * 10**9  # `checkpoint.writer.MAX_SHARD_BYTES`
 
 
@@ -53,6 +54,11 @@ class RankMemory:
         """Return the phase that needs the most, and its bytes."""
         phase = max(self.phases, key=self.peak)
         return phase, self.peak(phase)
+
+    def node_host(self, ranks: int) -> int:
+        """Bytes of host memory of a node with so many ranks like this one; they share the reward processes."""
+        shared = self.host.get(REWARDS, 0)
+        return ranks * (total(self.host) - shared) + shared
 
 
 def rank_memory(
@@ -316,8 +322,8 @@ class _Rank:
         state = self._buffer(chunks) * STATE_BYTES + bucket * 3 * FP32 + -(-bucket // self.dp) * STATE_BYTES
         out["last save"] = max(state, min(self._published() * self.item, SHARD_BYTES))
         out |= self._prompts()
-        if cfg.method == "grpo":
-            out["reward processes of the node"] = (cfg.rewards.workers + 1) * REWARD_PROCESS_BYTES
+        if cfg.method == "grpo" and cfg.rewards.address is None:
+            out[REWARDS] = (cfg.rewards.workers + 1) * REWARD_PROCESS_BYTES
         return out
 
     def _prompts(self) -> Parts:

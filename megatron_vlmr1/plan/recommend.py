@@ -88,7 +88,7 @@ def misfit(memory: list[RankMemory], hardware: Hardware, per_node: int) -> str:
             f"{room(hardware) / 1e9:.1f} GB ({hardware.memory_bytes.value / 1e9:.0f} GB of {hardware.name} less "
             f"{MARGIN:.0%})"
         )
-    host = per_node * max(sum(rank.host.values()) for rank in memory)
+    host = max(rank.node_host(per_node) for rank in memory)
     if host > hardware.host_memory_bytes.value:
         return (
             f"the ranks of a node need {host / 1e9:.0f} GB of host memory, more than its "
@@ -281,11 +281,12 @@ class _Planner:
     def memory(self, setting: Setting) -> list[RankMemory]:
         """Return what the ranks hold, or would hold in another setting that fails for the same reason.
 
-        Training's phases do not depend on what generates, nor the rollout on what is computed again, nor host memory on
-        either.
+        Training's phases depend on whether a copy generates (it keeps its own embeddings) and not on which, nor the
+        rollout on what is computed again, nor host memory on either.
         """
         layout, budget = _layout(setting), setting.micro_batch_tokens
-        rollout, training = (layout, budget, setting.decoding), (layout, budget, str(setting.recompute))
+        rollout = (layout, budget, setting.decoding)
+        training = (layout, budget, str(setting.recompute), setting.decoding is None)
         for key in (layout, rollout, training):
             if key in self._failed:
                 return self._failed[key]

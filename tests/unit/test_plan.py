@@ -226,6 +226,10 @@ def test_refusals_and_the_dry_run(tmp_path: Path, capfd: pytest.CaptureFixture[s
         ({**LLAMA, "attention_bias": True}, "attention_bias=true"),
         ({**LLAMA, "num_hidden_layers": 0}, "num_layers: 0 is not a positive"),
         ({**LLAMA, "hidden_size": "wide"}, "missing or malformed"),
+        ({**LLAMA, "num_key_value_heads": 3}, "3 key/value heads do not divide"),
+        ({**LLAMA, "architectures": [["LlamaForCausalLM"]]}, "cannot be planned"),
+        ({**LLAMA, "architectures": 5}, "architecture 5 cannot be planned"),
+        ({**LLAMA, "architectures": []}, r"architecture \[\] cannot be planned"),
         ([], "not an object"),
     ):
         path.write_text(json.dumps(raw))

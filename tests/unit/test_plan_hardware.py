@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vlmr1 import config
-from megatron_vlmr1.plan import fit, hardware
+from megatron_vlmr1.plan import fit, hardware, passes
 from megatron_vlmr1.plan.shapes import read_plan_shape
 from megatron_vlmr1.plan.time import program, step_time
 from megatron_vlmr1.plan.workload import workload
@@ -128,7 +128,7 @@ def finished(tmp_path_factory) -> Path:
     top = tmp_path_factory.mktemp("plan_fit")
     shards = jobs.build_shards(top, "train", 32)
     parallel = {"tensor_model_parallel_size": 1}
-    train = {"steps": 6, "save_every": 0}
+    train = {"steps": 6, "save_every": 0}  # the last step is saved all the same
     cfg = jobs.write_config(top, shards, parallel=parallel, grpo={"beta": 0.04}, train={**jobs.SMALL["train"], **train})
     process = jobs.start("train", cfg, "--nproc", 1)
     out, _ = process.communicate(timeout=200)
@@ -149,6 +149,15 @@ def test_a_finished_run_is_predicted_better(finished):
 
     assert squares(fitted) < 0.5 * squares(CPU)
     assert fit.error(fitted, [run]) < fit.error(CPU, [run])
+
+
+def test_a_checkpoint_is_as_large_as_planned(finished):
+    (state,) = finished.glob("checkpoints/step_*/state/optimizer")
+    (weights,) = finished.glob("checkpoints/step_*/hf")
+    run = fit.observe(finished, 2)
+    planned = passes.checkpoint_bytes(run.shape, run.how.freeze_vision, 4)
+    for directory, pattern, count in ((weights, "*.safetensors", planned[0]), (state, "*.distcp", planned[1])):
+        assert sum(path.stat().st_size for path in directory.glob(pattern)) == pytest.approx(count, rel=0.05)
 
 
 def test_what_is_no_finished_run(finished, tmp_path):
