@@ -49,7 +49,7 @@ def step_work(cfg: Config, shape: PlanShape) -> tuple[int, float]:
     tokens = prompts * (prompt + generations * new)
     pairs = prompts * (causal_pairs(prompt) + generations * causal_pairs(new, prompt))
     forward = language_flops(shape.text, tokens, pairs, prompts * generations * new)
-    rounds, iterations = max(1, cfg.grpo.dynamic_sampling_rounds), cfg.grpo.num_iterations
+    rounds, iterations = max(1, cfg.grpo.dynamic_sampling_rounds), cfg.grpo.num_iterations if grpo else 1
     passes = 3 + grpo * (rounds + (cfg.grpo.beta > 0) + (iterations > 1)) + 3 * (iterations - 1)
     return tokens, float(passes * forward)
 

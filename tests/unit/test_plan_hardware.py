@@ -73,11 +73,12 @@ def test_a_benchmark_sets_shares(tmp_path):
     path.write_text(json.dumps([{"name": "nvlink", "unit": "GB/s", "value": 1}]))
     with pytest.raises(ValueError, match=r"gpu.json: nvlink in GB/s is not known; known: matmul_large in FLOP/s"):
         fit.from_benchmark(H100, path)
-    path.write_text("[1]")
-    with pytest.raises(ValueError, match="not a list of"):
-        fit.from_benchmark(H100, path)
+    for text in ("[1]", "[]", "{}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="not a list of"):
+            fit.from_benchmark(H100, path)
     path.write_text(json.dumps([{"name": "matmul_large", "unit": "FLOP/s", "value": 2e15}]))
-    with pytest.raises(ValueError, match="less than or equal to 1"):
+    with pytest.raises(ValueError, match=r"gpu.json: .*less than or equal to 1"):
         fit.from_benchmark(H100, path)
 
 
@@ -168,4 +169,10 @@ def test_what_is_no_finished_run(finished, tmp_path):
         fit.observe(tmp_path, 2)
     (tmp_path / "facts.json").write_bytes((finished / "facts.json").read_bytes())
     with pytest.raises(ValueError, match=r"metrics.jsonl: no step that was trained on"):
+        fit.observe(tmp_path, 2)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/tokens": 5, "time/update": 1.0}\n')  # no FLOPs
+    with pytest.raises(ValueError, match=r"metrics.jsonl: no step that was trained on"):
+        fit.observe(tmp_path, 2)
+    (tmp_path / "facts.json").write_text('{"parallel": {"world": 0}}')
+    with pytest.raises(ValueError, match=r"facts.json: not there or damaged"):
         fit.observe(tmp_path, 2)
