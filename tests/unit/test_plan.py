@@ -140,6 +140,13 @@ def test_micro_batches_in_flight() -> None:
     most = max(in_flight(0, 4, 2, 8), key=lambda c: sum(c.values()))
     assert sum(most.values()) == 2 * 3 + 4 + 1 and max(c[0] for c in in_flight(0, 4, 2, 8)) == 8
     assert all(c == Counter({0: 1}) for c in in_flight(0, 1, 1, 3))
+    assert list(in_flight(1, 4, 2, 10**6)) == list(in_flight(1, 4, 2, 16))  # it all comes again
+
+
+def test_thousands_of_groups_on_a_rank() -> None:
+    cfg = settings(train={"micro_batch_tokens": 8192, "prompts_per_step": 20_000})
+    batches = Load(20_000, 8, 1024, 257, ()).micro_batches(cfg)
+    assert {batch.tokens for batch in batches} == {2 * (1024 + 8 * 256)} and len(batches) == 10_000
 
 
 def test_settings_that_save_memory_do() -> None:
