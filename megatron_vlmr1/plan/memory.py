@@ -33,7 +33,7 @@ RUNTIME_BYTES = {"cpu": 0, "cuda": 1_500_000_000}
 FP8_COPIES = 2  # assumed: Transformer Engine keeps each weight of a layer in FP8, by rows and by columns
 PROCESS_BYTES = 350_000_000  # measured on a CPU: Python with torch, megatron-core and transformers
 REWARD_PROCESS_BYTES = 150_000_000  # assumed: a Python process with numpy, and without torch
-REWARDS = "reward processes of the node"
+REWARDS, STAGED, LAST = "reward processes of the node", "staged save", "last save"  # parts of host memory
 SHARD_BYTES = 5 * 10**9  # `checkpoint.writer.MAX_SHARD_BYTES`
 
 
@@ -44,7 +44,9 @@ class RankMemory:
     stage: int
     parameters: int
     phases: dict[str, dict[str, int]]  # phase -> part -> bytes of the device, at that phase's peak
-    host: dict[str, int]  # part -> bytes of host memory, of this rank
+    host: dict[str, int]  # part -> bytes of host memory, of the stage's first rank, which saves the stage's weights
+    other_host: int  # bytes of host memory of any other rank of the stage
+    stage_ranks: int  # of all copies
 
     def peak(self, phase: str) -> int:
         """Bytes of the device at a phase's peak."""
@@ -57,8 +59,13 @@ class RankMemory:
 
     def node_host(self, ranks: int) -> int:
         """Bytes of host memory of a node with so many ranks like this one; they share the reward processes."""
-        shared = self.host.get(REWARDS, 0)
-        return ranks * (total(self.host) - shared) + shared
+        shared, firsts = self.host.get(REWARDS, 0), max(1, ranks // self.stage_ranks)
+        return firsts * (self.host_peak - shared) + (ranks - firsts) * self.other_host + shared
+
+    @property
+    def host_peak(self) -> int:
+        """Bytes of host memory of the stage's first rank; a last save begins when the staged one is given back."""
+        return total(self.host) - min(self.host.get(STAGED, 0), self.host.get(LAST, 0))
 
 
 def rank_memory(
@@ -131,7 +138,9 @@ class _Rank:
             "save": joined(resident, self._saving(chunks)),
         }
         held = {phase: present(parts) for phase, parts in phases.items()}
-        return RankMemory(self.stage, sum(chunk.parameters for chunk in chunks), held, self._host(chunks))
+        host, other = self._host(chunks)
+        parameters = sum(chunk.parameters for chunk in chunks)
+        return RankMemory(self.stage, parameters, held, host, other, self.tp * self.dp)
 
     def _buffer(self, chunks: Sequence[Chunk]) -> int:
         return sum(self._buckets(chunks))
@@ -306,25 +315,26 @@ class _Rank:
         whole = self.cfg.parallel.model_copy(update={"tensor_model_parallel_size": 1})
         return sum(chunk.parameters for chunk in stage_chunks(self.shape, whole, self.stage))
 
-    def _host(self, chunks: Sequence[Chunk]) -> Parts:
-        """Return this rank's share of its node's memory; the reward processes are the node's, whatever its ranks."""
+    def _host(self, chunks: Sequence[Chunk]) -> tuple[Parts, int]:
+        """Return this rank's host memory, and that of a rank that saves no weights, without the node's processes."""
         cfg = self.cfg
         out: Parts = {"process": PROCESS_BYTES}
         if cfg.method == "grpo" and cfg.grpo.beta > 0:
             out["reference"] = sum(chunk.parameters for chunk in chunks) * self.item
-        shard = -(-self._buffer(chunks) // self.dp)
-        if cfg.train.async_save:
-            out["staged save"] = self._published() * self.item + shard * STATE_BYTES
+        out |= self._prompts()
+        staged = -(-self._buffer(chunks) // self.dp) * STATE_BYTES if cfg.train.async_save else 0
         # `get_parameter_state_dp_zero`: all of the state; of one bucket besides this rank's shard, and one kind of
         # numbers from every rank, in order, and the kind before it in order. Weights are gathered before that, a file
         # at a time.
         bucket = max(self._buckets(chunks))
         state = self._buffer(chunks) * STATE_BYTES + bucket * 3 * FP32 + -(-bucket // self.dp) * STATE_BYTES
-        out["last save"] = max(state, min(self._published() * self.item, SHARD_BYTES))
-        out |= self._prompts()
+        other = total(out) + max(staged, state)
+        if staged:
+            out[STAGED] = self._published() * self.item + staged
+        out[LAST] = max(state, min(self._published() * self.item, SHARD_BYTES))
         if cfg.method == "grpo" and cfg.rewards.address is None:
             out[REWARDS] = (cfg.rewards.workers + 1) * REWARD_PROCESS_BYTES
-        return out
+        return out, other
 
     def _prompts(self) -> Parts:
         """Return the images of a step's prompts, and of those that are read ahead: one frame in fp32."""

@@ -78,7 +78,7 @@ def room(hardware: Hardware) -> float:
 def misfit(memory: list[RankMemory], hardware: Hardware, per_node: int) -> str:
     """Return why ranks do not fit their devices or their node, in one line; "" if they do.
 
-    A node is taken to hold ranks of the stage with the most in host memory.
+    A node is taken to hold ranks of the stage with the most in host memory, the stage's first among them.
     """
     rank = max(memory, key=lambda rank: rank.worst()[1])
     phase, count = rank.worst()
