@@ -6,8 +6,26 @@ unset RANK WORLD_SIZE LOCAL_RANK VLMR1_INIT_METHOD # whoever submitted may have 
 
 say() { echo "vlmr1: $*"; }
 
-# fact NAME: what SLURM has under that name about this job.
-fact() { scontrol show job -o "$SLURM_JOB_ID" | sed -n "1s/.* $1=\([^ ]*\).*/\1/p"; }
+# ask WORDS…: scontrol WORDS…, and again where that fails, once a controller that was away answers.
+ask() {
+    local tries=0
+    until scontrol "$@"; do
+        ((++tries < 5)) || return
+        say "scontrol $1 failed; again when SLURM answers" >&2
+        sleep 5
+        timeout 600 bash -c 'until scontrol ping; do sleep 5; done' >/dev/null
+    done
+}
+
+# fact NAME: what SLURM has under that name about this job; nothing where it has forgotten it.
+fact() { ask show job -o "$SLURM_JOB_ID" | tr ' ' '\n' | sed -n "s/^$1=//p" | head -n 1; }
+
+# end_time: of the job, in seconds since 1970, where it has one.
+end_time() {
+    local end
+    end=$(fact EndTime)
+    [[ $end != [0-9]* ]] || date -d "$end" +%s
+}
 
 # code DIRECTORY: the exit code in the outcome of an attempt, if it has one.
 code() { sed -n 's/.*"code":\([0-9]*\).*/\1/p' "$1/outcome.json" 2>/dev/null; }
@@ -17,7 +35,7 @@ address() {
     if getent hosts "$1" >/dev/null; then
         echo "$1"
     else
-        scontrol show node -o "$1" | sed 's/.* NodeAddr=\([^ ]*\).*/\1/'
+        ask show node -o "$1" | sed 's/.* NodeAddr=\([^ ]*\).*/\1/'
     fi
 }
 
@@ -53,13 +71,14 @@ end_the_rest() {
         grep -lz "^SLURM_STEP_ID=" $ours | cut -d / -f 3 | xargs -r kill -KILL'
 }
 
-# on_nodes NODE… -- COMMAND…: runs it once on each node, beside the ranks, for five seconds at most.
+# on_nodes NODE… -- COMMAND…: runs it once on each node, beside the ranks, for five seconds at most. Without --mem=0 it
+# would wait for memory of its own, of which the ranks have all.
 on_nodes() {
     local nodes=()
     while [ "$1" != -- ]; do
         nodes+=("$1") && shift
     done
-    timeout --kill-after=1 5 srun --overlap --gres=none --nodes=${#nodes[@]} --ntasks=${#nodes[@]} --ntasks-per-node=1 \
+    timeout --kill-after=1 5 srun --overlap --mem=0 --gres=none --nodes=${#nodes[@]} --ntasks=${#nodes[@]} --ntasks-per-node=1 \
         --cpus-per-task=1 --nodelist="$(IFS=, && echo "${nodes[*]}")" "${@:2}" &>/dev/null
 }
 
@@ -81,14 +100,19 @@ conclude() {
 requeue() {
     local bad former tries=0
     bad=$(grep -xE '[A-Za-z0-9_.-]+' "$VLMR1_LOG_DIR/bad_nodes" 2>/dev/null | sort -u | paste -sd ,)
-    [ -n "$bad" ] || exec scontrol requeue "$SLURM_JOB_ID"
+    if [ -z "$bad" ]; then
+        trap 'exit 85' TERM # which a requeued job gets, and one that is cancelled while this waits for SLURM
+        ask requeue "$SLURM_JOB_ID"
+        exit 85
+    fi
     say "without $bad from now on"
     tr , '\n' <<<"$bad" >>"$RUN_DIR/bad_nodes"
     former=$(fact ExcNodeList | sed 's/(null)//')
     trap '' TERM # which comes at once when the job is requeued, to scontrol, too
-    scontrol requeuehold "$SLURM_JOB_ID" # what is excluded can be changed only while a job is pending
+    ask requeuehold "$SLURM_JOB_ID" # what is excluded can be changed only while a job is pending
     until scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad${former:+,$former}" || ((++tries == 10)); do sleep 1; done
-    exec scontrol release "$SLURM_JOB_ID"
+    ask release "$SLURM_JOB_ID"
+    exit 85
 }
 
 # fail STATUS CODE: names the rank that was the first to go, and waits for SLURM where it was a node.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.fp8_utils import get_fp8_recipe
 from megatron.core.optimizer import MegatronOptimizer
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_vlmr1 import config
+from megatron_vlmr1.checkpoint import scaling
 from megatron_vlmr1.checkpoint.background import Writes
 from megatron_vlmr1.checkpoint.pickles import guarded
 from megatron_vlmr1.checkpoint.sharded import Sharded
@@ -99,6 +101,8 @@ def stage(
         text = json.dumps(progress, indent=1) + "\n"
         writes.add(partial(_write_progress, text, directory / "progress.json"))
     writes.add(partial(_write_generators, _generators(), directory / f"rng_{rank:05d}.safetensors"))
+    if remembered := scaling.remembered(policy.chunks):
+        writes.add(partial(scaling.write, remembered, policy.mesh, scaling.path(directory, rank)))
     _initialise(optimizer)  # there may have been no step yet
     return Sharded(_sharded(policy, optimizer, kind, is_loading=False), optimizer_directory, writes, staging)
 
@@ -130,6 +134,7 @@ def load(policy: Policy, optimizer: MegatronOptimizer, directory: Path) -> dict[
             why = "; ".join(str(reason) for reason, _ in error.failures.values())
             raise ValueError(f"{source}: refused: {' '.join(why.split())[:300]}") from error
     _restore(optimizer, state["optimizer"], kind)
+    _restore_scaling(policy, directory)
     generators = directory / f"rng_{policy.mesh.rank:05d}.safetensors"
     if generators.is_file():
         saved = load_file(generators)
@@ -137,6 +142,15 @@ def load(policy: Policy, optimizer: MegatronOptimizer, directory: Path) -> dict[
         if device.has_cuda() and "cuda" in saved:
             torch.cuda.set_rng_state(saved["cuda"])
     return progress
+
+
+def _restore_scaling(policy: Policy, directory: Path) -> None:
+    """Go on with the scales of delayed FP8, where they were saved on this layout."""
+    if policy.layers.precision.fp8 != "delayed":
+        return
+    recipe = partial(get_fp8_recipe, policy.chunks[0].config)
+    if not scaling.restore(policy.chunks, policy.mesh, scaling.path(directory, policy.mesh.rank), recipe):
+        logger.warning("%s: no FP8 scales of this layout and history: scaling begins anew", directory)
 
 
 def _read_progress(path: Path) -> dict[str, Any]:
@@ -171,7 +185,7 @@ def _kind(metadata: Any, source: Path) -> str:
 
 
 def _check_same_parts(progress: dict[str, Any], policy: Policy, directory: Path) -> None:
-    """Refuse to resume from parts of the model that this layout cuts differently."""
+    """Refuse to resume from parts of the model that this layout cuts, or this layer spec orders, differently."""
     try:
         saved = config.parse_section(
             config.ParallelConfig, progress["config"]["parallel"], f"{directory}/progress.json"
@@ -179,10 +193,9 @@ def _check_same_parts(progress: dict[str, Any], policy: Policy, directory: Path)
     except (KeyError, TypeError):
         return  # not a run's
     before, now = _cut(saved), _cut(policy.mesh.layout)
+    before["model.spec"], now["model.spec"] = progress.get("layer_spec", "torch"), policy.layers.spec
     if before != now:
-        differs = ", ".join(
-            f"parallel.{key}={before[key]}, not {now[key]}" for key in before if before[key] != now[key]
-        )
+        differs = ", ".join(f"{key}={before[key]}, not {now[key]}" for key in before if before[key] != now[key])
         raise ValueError(
             f"{directory}: its optimizer state was saved as dp_reshardable, for another data-parallel size only, at "
             f"{differs}: resume with that, or save once with that and train.optimizer_format=fully_reshardable"
@@ -191,8 +204,8 @@ def _check_same_parts(progress: dict[str, Any], policy: Policy, directory: Path)
 
 def _cut(layout: ParallelConfig) -> dict[str, Any]:
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
-    cut = {name: getattr(layout, name) for name in (*names, "pipeline_layers", "overlap_grad_reduce")}
-    return cut | {"bucket_size": layout.bucket_size if layout.overlap_grad_reduce else None}
+    cut = {f"parallel.{name}": getattr(layout, name) for name in (*names, "pipeline_layers", "overlap_grad_reduce")}
+    return cut | {"parallel.bucket_size": layout.bucket_size if layout.overlap_grad_reduce else None}
 
 
 def _write_progress(text: str, path: Path) -> list[Path]:

@@ -5,17 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vlmr1.models import families
-from megatron_vlmr1.models.pieces import OF_A_LAYER, Block, Piece
+from megatron_vlmr1.models.pieces import FUSED, OF_A_LAYER, Block, Piece
 from megatron_vlmr1.models.shape import VlmShape
 
 LANGUAGE_PREFIX = "language_model."
 
 _LAYERS = "decoder.layers."
-# Transformer Engine fuses a norm with the linear layer behind it; megatron-core writes its name in either case.
-_FUSED = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
 # What may have an extra state: megatron-core does not load a checkpoint without those that its modules have.
 _STATES_OF_A_LAYER = (
     "self_attention.linear_qkv",
@@ -41,9 +36,9 @@ class Part:
 
     @property
     def key(self) -> str:
-        """What megatron-core calls it: all layers' shares are one tensor, stacked along a leading axis."""
+        """What megatron-core calls it, of either layer spec: all layers' shares are one tensor, stacked."""
         middle = "" if self.layer is None else _LAYERS
-        return self.prefix + middle + _FUSED.get(self.name, self.name)
+        return self.prefix + middle + FUSED.get(self.name, self.name)
 
     @property
     def vocabulary(self) -> bool:
@@ -55,7 +50,7 @@ class Part:
 
         Layers are stacked or numbered, norms fused or apart, and gate and up one tensor or two.
         """
-        names = dict.fromkeys((_FUSED.get(self.name, self.name), self.name))
+        names = dict.fromkeys((FUSED.get(self.name, self.name), self.name))
         if self.layer is None:
             return [((self.prefix + name,), ()) for name in names]
         stacked, numbered = self.prefix + _LAYERS, f"{self.prefix}{_LAYERS}{self.layer}."

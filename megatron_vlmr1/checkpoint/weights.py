@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_vlmr1.checkpoint.tensorfile import DTYPES, Entry, data_offset, read, row_ranges
 from megatron_vlmr1.models import families
-from megatron_vlmr1.models.pieces import Piece
+from megatron_vlmr1.models.pieces import Piece, spec_free
 from megatron_vlmr1.models.shape import VlmShape
 from megatron_vlmr1.models.vlm import VlmModel
 from megatron_vlmr1.telemetry.progress import mark
@@ -143,7 +143,7 @@ def _shards(directory: Path) -> list[Path]:
 class Part(NamedTuple):
     """One parameter of a chunk, and what it is made of."""
 
-    name: str  # Megatron's, with the layer's number in the whole model
+    name: str  # Megatron's, with the layer's number in the whole model; the same of both layer specs
     parameter: torch.nn.Parameter
     pieces: list[list[Piece]]  # of each tensor-parallel rank
 
@@ -163,6 +163,7 @@ def parameter_pieces(model: VlmModel) -> Iterator[Part]:
         if name.startswith("decoder.layers."):
             _, _, local, inner = name.split(".", 3)
             layer = model.language.decoder.layers[int(local)].layer_number - 1
+            inner = spec_free(inner)
             name = f"decoder.layers.{layer}.{inner}"
         pieces = [family.text_pieces(shape, inner, layer, rank, mesh.tp_size) for rank in range(mesh.tp_size)]
         yield Part(name, parameter, pieces)

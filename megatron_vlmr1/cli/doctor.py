@@ -81,12 +81,22 @@ def _said(lines: Sequence[Line], found: Examination | None, as_json: bool) -> in
 
 
 def _examined(cfg: Config | None, run_dir: Path) -> Examination:
-    """Join the job's other ranks, and look at all nodes."""
+    """Join the job's other ranks, and look at all nodes.
+
+    Raises:
+        ValueError: they do not come: packages are wrong on their node, or the network does not let them.
+    """
+    import torch.distributed as dist
+
     from megatron_vlmr1.launch.disk import existing_parent
     from megatron_vlmr1.launch.preflight import examine
     from megatron_vlmr1.runtime import distributed
 
-    distributed.start(_JOB_TIMEOUT_S)
+    try:
+        distributed.start(_JOB_TIMEOUT_S)
+    except dist.DistError as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(f"not all ranks met in {_JOB_TIMEOUT_S} s, see what the others say: {said}") from error
     where = distributed.broadcast_text(str(existing_parent(run_dir)))  # of rank 0: another node may lack it
     found = examine("full", Path(where), cfg)
     distributed.stop()

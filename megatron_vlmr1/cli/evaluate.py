@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vlmr1.evaluate import results
     from megatron_vlmr1.launch.local import new_attempt
     from megatron_vlmr1.rewards import tasks
-    from megatron_vlmr1.train.check import check_data, check_inputs
+    from megatron_vlmr1.train.check import check_data, check_inputs, check_machine
 
     cfg = load_config(args.config, args.overrides)
     if not args.label.isidentifier():
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if identity() is not None:
         return _be_a_rank(cfg, args.label)
     check_inputs(cfg, rank_count(cfg, args.nproc), trains=False)
+    check_machine(cfg)
     check_data(cfg, trains=False)
     results.check(tasks.get(cfg.task))
     words = ["evaluate", args.config, "--label", args.label, *args.overrides]

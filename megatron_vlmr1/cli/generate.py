@@ -64,15 +64,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace, overrides: list[str]) -> Config:
-    from omegaconf import OmegaConf
-
     from megatron_vlmr1 import config
 
-    given = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
     base: dict[str, Any] = {"model": {"path": args.path}, "data": {"train": "-"}, "precision": "fp32"}
-    merged = OmegaConf.to_container(OmegaConf.merge(base, given))
-    assert isinstance(merged, dict)
-    return config.parse({str(key): value for key, value in merged.items()}, "vlmr1 generate")
+    raw = config.merged(base, overrides)
+    return config.parse({str(key): value for key, value in raw.items()}, "vlmr1 generate")
 
 
 def _words(args: argparse.Namespace) -> list[str]:

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         logger.debug("where it came from", exc_info=True)
         return _end(errors.BAD_INPUT, f"error: {error}")
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         if error.filename is None:
             return _crash()
         logger.debug("where it came from", exc_info=True)

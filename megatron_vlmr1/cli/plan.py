@@ -22,7 +22,8 @@ examples:
   vlmr1 plan --fit runs/rec --fit bench.json --gpu h100-80gb --write my_h100.yaml
 
 Prompts, images and completions are as long as the config allows, unless told otherwise. Memory is always counted for
-the largest step. Exit code 2 where the config's own layout cannot divide or does not fit; what does is printed.
+the largest step; of dynamic sampling one round is timed. Exit code 2 where the config's own layout cannot divide or
+does not fit; what does is printed.
 """
 
 
@@ -114,6 +115,8 @@ def _fit(args: argparse.Namespace, hardware: Hardware) -> int:
 
     if not args.fit or not args.write:
         raise ValueError("--fit RUN_DIR and --write FILE.yaml belong together")
+    if args.config is not None or args.gpus is not None or args.chart:
+        raise ValueError("--fit takes no CONFIG, --gpus or --chart: plan with --hardware FILE.yaml afterwards")
     fitted = hardware
     runs = [Path(name) for name in args.fit if not name.endswith(".json")]
     for name in (name for name in args.fit if name.endswith(".json")):

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: the study is refused; one line.
     """
     from megatron_vlmr1.launch import cluster as clusters
+    from megatron_vlmr1.launch import slurm
     from megatron_vlmr1.launch.study import DONE, Study
     from megatron_vlmr1.launch.study_jobs import LocalJobs, SlurmJobs
     from megatron_vlmr1.plan import study as studies
@@ -65,15 +66,20 @@ def run(args: argparse.Namespace) -> int:
     study = studies.read(path)
     out = (args.out or Path("runs", "scaling", path.stem)).absolute()
     config_file = _config_of(study, path)
-    cluster = clusters.load(study.cluster) if study.cluster else None
+    cluster = clusters.load(_beside(path, study.cluster) or study.cluster) if study.cluster else None
     ranks_per_node = cluster.ranks_per_node if cluster else study.ranks_per_node or 1
     cells = studies.cells(study, ranks_per_node, config_file, out)
     if args.dry_run:
         return _print_cells(cells, args.json)
-    with held(out):
-        jobs = SlurmJobs(config_file, cluster, study.at_once, study.time) if cluster else LocalJobs(config_file)
-        whole = Study(path.stem, cells, config_file, out, jobs, study.warmup_steps, _say)
-        whole.run(args.retry_failed)
+    if cluster:
+        slurm.check_installed()
+    try:
+        with held(out):
+            jobs = SlurmJobs(config_file, cluster, study.at_once, study.time) if cluster else LocalJobs(config_file)
+            whole = Study(path.stem, cells, config_file, out, jobs, study.warmup_steps, _say)
+            whole.run(args.retry_failed)
+    except OSError as error:
+        raise ValueError(f"{out}: {error.strerror or error}; the same command goes on once that is mended") from error
     if args.json:
         print_json({"out": str(out), "cells": [state.document() for state in whole.states]})
     else:
@@ -100,8 +106,13 @@ def report(args: argparse.Namespace) -> int:
 
 def _config_of(study: StudyConfig, path: Path) -> Path:
     """The runs' config: beside the study, from here, or one that came with the package."""
-    beside = path.parent / study.config
-    return (beside if beside.is_file() else find_config(study.config)).absolute()
+    return Path(_beside(path, study.config) or find_config(study.config)).absolute()
+
+
+def _beside(path: Path, name: str) -> str:
+    """A file that a study names, if it is beside the study; else nothing."""
+    beside = path.parent / name
+    return str(beside) if beside.is_file() else ""
 
 
 def _print_cells(cells: Sequence[Cell], as_json: bool) -> int:

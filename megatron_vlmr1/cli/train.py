@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vlmr1 import config
     from megatron_vlmr1.launch.local import new_attempt
     from megatron_vlmr1.runtime.lock import held
-    from megatron_vlmr1.train.check import check_data, check_inputs
+    from megatron_vlmr1.train.check import check_data, check_inputs, check_machine
 
     cfg = load_config(args.config, args.overrides)
     if identity() is not None and not args.dry_run:
@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         _print_plan(cfg, args.nproc)
         _warn_of_absent_data(cfg)
         return DONE
+    check_machine(cfg)
     check_data(cfg)
     with held(Path(cfg.run_dir)):
         pass  # to be told at once; rank 0 holds it while it runs

@@ -1,7 +1,8 @@
 """Every setting: `settings` holds them with their meanings and defaults, `files` reads and writes them."""
 
 from megatron_vlmr1.config.data import DataConfig, SourceConfig
-from megatron_vlmr1.config.files import dump, load, load_section, parse, parse_saved, parse_section
+from megatron_vlmr1.config.files import dump, load, load_section, merged, parse, parse_saved, parse_section
+from megatron_vlmr1.config.precision import PrecisionConfig
 from megatron_vlmr1.config.settings import (
     Config,
     DebugConfig,
@@ -29,6 +30,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PrecisionConfig",
     "RecomputeConfig",
     "RewardsConfig",
     "RolloutConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "dump",
     "load",
     "load_section",
+    "merged",
     "parse",
     "parse_saved",
     "parse_section",

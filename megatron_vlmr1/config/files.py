@@ -38,13 +38,36 @@ def load_section(kind: type[_S], path: str | Path, overrides: Sequence[str] = ()
     if not path.is_file():
         raise ValueError(f"{path}: no such config file")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        raw = OmegaConf.to_container(merged, resolve=True)
+        raw = merged(OmegaConf.load(path), overrides)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable config: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: a config is a mapping of sections")
     return parse_section(kind, {str(key): value for key, value in raw.items()}, str(path))
+
+
+# Sections in whose place a plain word may stand, and the key that it is of.
+_WORDS = {"precision": "dtype"}
+
+
+def merged(base: Any, overrides: Sequence[str]) -> Any:
+    """Return a mapping with dotted overrides laid over it, references resolved.
+
+    A plain word in place of a section is written out first: it is one of the section's keys, and the others stay.
+
+    Raises:
+        OmegaConfBaseException: something does not parse or resolve.
+    """
+    given = OmegaConf.create(base)
+    written = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        plain = key in _WORDS and not value.lstrip().startswith("{")
+        written.append(f"{key}.{_WORDS[key]}{equals}{value}" if plain else override)
+    for key, inner in _WORDS.items():
+        if OmegaConf.is_dict(given) and isinstance(given.get(key), str):
+            given[key] = {inner: given[key]}
+    return OmegaConf.to_container(OmegaConf.merge(given, OmegaConf.from_dotlist(written)), resolve=True)
 
 
 def parse(raw: dict[str, Any], origin: str) -> Config:

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from megatron_vlmr1.config.settings import Config, decoding_layout
+from megatron_vlmr1.config.precision import PrecisionConfig
+from megatron_vlmr1.config.settings import Config, ParallelConfig, decoding_layout
+
+FP8_MULTIPLE = 16  # megatron-core's `get_fp8_align_size` of all three recipes
+
+
+def token_multiple(precision: PrecisionConfig, layout: ParallelConfig) -> int:
+    """Return what the tokens of a training micro-batch are padded to a multiple of.
+
+    Under sequence parallelism each tensor-parallel rank has an equal share, and in FP8 each share, before it is
+    gathered, is a multiple of `FP8_MULTIPLE`.
+    """
+    shares = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
+    return shares * (1 if precision.fp8 == "none" else FP8_MULTIPLE)
 
 
 def check_cache(cfg: Config) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_vlmr1.config.data import DataConfig
+from megatron_vlmr1.config.precision import PrecisionConfig
 from megatron_vlmr1.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from megatron_vlmr1.config.telemetry import LaunchConfig, TelemetryConfig
 from megatron_vlmr1.config.train import TrainConfig
@@ -26,6 +27,9 @@ class ModelConfig(Section):
     """Weights of the KL reference; the starting weights when empty. Used when grpo.beta > 0."""
     freeze_vision: bool = False
     """Keep the vision tower and its merger fixed."""
+    spec: Literal["auto", "torch", "te"] = "auto"
+    """What the language model's layers are made of. torch: megatron-core's own modules; te: Transformer Engine's, on
+    CUDA; auto: te where both are there. Checkpoints are the same."""
 
 
 class ParallelConfig(Section):
@@ -302,8 +306,7 @@ class Config(Section):
     method: Literal["grpo", "sft"] = "grpo"
     run_dir: str = "runs/default"
     seed: NonNegativeInt = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Type of parameters and activations; the optimizer keeps fp32 masters."""
+    precision: PrecisionConfig = PrecisionConfig()
     task: str = "rec"
     """Prompt template, answer parser, reward recipe and metrics: a name, or the path of your own Python file of them,
     which is executed."""
@@ -338,6 +341,12 @@ class Config(Section):
                 f"optimizer.offload=rollout changes nothing: method={self.method} with train.evaluate_every=0 never "
                 "generates; optimizer.offload=always is for training"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_has_its_layers(self) -> Config:
+        if self.precision.fp8 != "none" and self.model.spec == "torch":
+            raise ValueError(f"precision.fp8={self.precision.fp8} needs model.spec=te or auto: torch computes no FP8")
         return self
 
     @model_validator(mode="after")

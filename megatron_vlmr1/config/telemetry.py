@@ -27,7 +27,7 @@ class TelemetryConfig(Section):
 
     wandb_project: str | None = None
     """Log metrics to this Weights & Biases project too, which needs the extra `wandb`; steps never wait for it."""
-    sample_s: NonNegativeFloat = 5.0
+    sample_s: Annotated[NonNegativeFloat, Field(le=3600)] = 5.0
     """On each node, read GPUs (NVML) and host every so many seconds, beside the training, into
     run_dir/telemetry/node_NAME.jsonl; 0 reads them once a step, for the metrics only."""
     prometheus_port: Annotated[NonNegativeInt | None, Field(le=65535)] = None

@@ -8,6 +8,7 @@ possible (R. L. Graham, "Bounds on multiprocessing timing anomalies", 1969).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heappop, heappush
 from itertools import count
 
 KEEP_TOLERANCE = 20
@@ -27,6 +28,8 @@ def fill(costs: Sequence[int], sizes: Sequence[int], room: int, at_least: int = 
         The items of each bin in rising order, no bin empty, bins in the order of their first items.
     """
     fewest = -(-sum(sizes) // room) if room > 0 else len(sizes)
+    if smallest := min(sizes, default=0):
+        fewest = max(fewest, -(-len(sizes) // max(1, room // smallest)))  # as many as a bin can hold
     for bins in count(min(len(sizes), max(at_least, fewest))):
         found = _largest_first(costs, sizes, room, bins)
         if found is not None:
@@ -37,15 +40,21 @@ def fill(costs: Sequence[int], sizes: Sequence[int], room: int, at_least: int = 
 def _largest_first(costs: Sequence[int], sizes: Sequence[int], room: int, bins: int) -> list[list[int]] | None:
     """Return the items of each bin, or None where one finds no room."""
     found: list[list[int]] = [[] for _ in range(bins)]
-    cost, used = [0] * bins, [0] * bins
+    used = [0] * bins
+    cheapest = [(0, b) for b in range(bins)]  # a heap of (cost, bin)
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        fitting = [b for b in range(bins) if not found[b] or used[b] + sizes[item] <= room]
-        if not fitting:
+        full = []
+        while cheapest:
+            cost, b = heappop(cheapest)
+            if not found[b] or used[b] + sizes[item] <= room:
+                break
+            full.append((cost, b))
+        else:
             return None
-        best = min(fitting, key=lambda b: (cost[b], b))
-        found[best].append(item)
-        cost[best] += costs[item]
-        used[best] += sizes[item]
+        found[b].append(item)
+        used[b] += sizes[item]
+        for bin_ in ((cost + costs[item], b), *full):
+            heappush(cheapest, bin_)
     return found
 
 

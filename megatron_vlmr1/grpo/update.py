@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_vlmr1.config import Config
+from megatron_vlmr1.config.rules import token_multiple
 from megatron_vlmr1.data.costs import update_cost
 from megatron_vlmr1.data.packing import MicroBatch, PackedGroup, model_input, pack, split_by_tokens
 from megatron_vlmr1.errors import STOPPED, RunStopped
@@ -56,7 +57,7 @@ class Updater:
     def micro_batches(self, groups: Sequence[PackedGroup]) -> list[MicroBatch]:
         """Pack this rank's groups; at least one micro-batch, an empty one where there is no group."""
         mesh, train = self.policy.mesh, self.cfg.train
-        multiple = mesh.tp_size if mesh.sequence_parallel else 1
+        multiple = token_multiple(self.cfg.precision, mesh.layout)
         budget = train.micro_batch_tokens // multiple * multiple  # with its padding a micro-batch still fits
         parts = split_by_tokens(groups, budget, train.micro_batches or mesh.pp_size, self._cost) or [[]]
         if mesh.vp_size > 1:  # the interleaved schedule goes round the stages in whole turns

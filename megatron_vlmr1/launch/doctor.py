@@ -8,7 +8,7 @@ from megatron_vlmr1.config import Config
 from megatron_vlmr1.launch import doctor_gpus, doctor_host, doctor_slurm
 from megatron_vlmr1.launch.doctor_line import Line
 from megatron_vlmr1.launch.preflight import Examination
-from megatron_vlmr1.train.check import check_data, check_inputs
+from megatron_vlmr1.train.check import check_data, check_inputs, check_machine
 
 
 def machine_lines(cfg: Config | None, run_dir: Path) -> list[Line]:
@@ -31,13 +31,15 @@ def job_lines(found: Examination) -> list[Line]:
 def _config_lines(cfg: Config) -> list[Line]:
     """The config's model, data and layout, by the checks that `vlmr1 train` begins with."""
     lines = []
+    keys = {"data": "data.train", "layer spec": "model.spec"}
     for name, check in (
         ("model and layout", lambda: check_inputs(cfg, cfg.parallel.ranks_of_a_copy)),
+        ("layer spec", lambda: check_machine(cfg)),
         ("data", lambda: check_data(cfg)),
     ):
         try:
             check()
-            lines.append(Line(name, "ok", f"as {'data.train' if name == 'data' else 'model.path'} says"))
+            lines.append(Line(name, "ok", f"as {keys.get(name, 'model.path')} says"))
         except (ValueError, OSError) as error:
             lines.append(Line(name, "bad", " ".join(str(error).split()), "mend the config, or bring what it names"))
     if cfg.telemetry.prometheus_port:

@@ -19,7 +19,7 @@ from megatron_vlmr1.telemetry import nvml
 SHM_BYTES = 1 << 30  # NCCL and gloo of a node's ranks meet there
 OPEN_FILES = 1024
 _WRITE_BYTES = 64 << 20
-_MASTER_PORT = 29500  # torchrun's own, where MASTER_PORT is not set
+_MASTER_PORT = "29500"  # torchrun's own, where MASTER_PORT is not set
 # Of cgroups 2 and 1; the root's own file is not there.
 _CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -34,7 +34,7 @@ def lines(run_dir: Path) -> list[Line]:
         _limit("open files (ulimit -n)", resource.RLIMIT_NOFILE, OPEN_FILES),
         _limit("locked memory (ulimit -l)", resource.RLIMIT_MEMLOCK, None if nvml.library() else 0),
         _cores(),
-        port_line("127.0.0.1", int(os.environ.get("MASTER_PORT") or _MASTER_PORT), "MASTER_PORT"),
+        _master_port(os.environ.get("MASTER_PORT") or _MASTER_PORT),
         _name(),
     ]
 
@@ -55,6 +55,12 @@ def port_line(host: str, port: int, setting: str = "telemetry.prometheus_port") 
     if problem := port_problem(host, port):
         return Line(f"port {port}", "missing", problem.replace("telemetry.prometheus_port", setting), f"set {setting}")
     return Line(f"port {port}", "ok", f"free at {host}")
+
+
+def _master_port(text: str) -> Line:
+    if not text.isdecimal() or int(text) > 65535:
+        return Line("MASTER_PORT", "bad", f"{text!r} is no port", "set it to a number below 65536, or unset it")
+    return port_line("127.0.0.1", int(text), "MASTER_PORT")
 
 
 def cgroup_limit() -> int | None:

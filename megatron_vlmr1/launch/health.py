@@ -8,6 +8,7 @@ from megatron_vlmr1.telemetry.nvml import Health
 
 MIN_DISK_BYTES = 256 << 20  # free where a run writes; checkpoints that find no room are told of and tried again
 MIN_MEMORY_BYTES = 256 << 20  # available on a node
+SLOW_DISK_BYTES_S = 20e6  # a disk that writes as much is no slow one, whatever others do
 MIN_GPU_FREE = 0.85  # of its memory, before a model is loaded; CUDA and NCCL hold some already
 
 
@@ -34,8 +35,8 @@ def port_problem(host: str, port: int | None) -> str:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            return f"telemetry.prometheus_port={port} cannot be had at {host}: {error.strerror}"
+        except (OSError, TypeError) as error:  # the latter of a host that is no name
+            return f"telemetry.prometheus_port={port} cannot be had at {host}: {getattr(error, 'strerror', error)}"
     return ""
 
 

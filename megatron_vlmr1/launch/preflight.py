@@ -13,6 +13,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from megatron_vlmr1 import config
 from megatron_vlmr1.config import Config
 from megatron_vlmr1.errors import REQUEUE, RunStopped
-from megatron_vlmr1.launch.preflight_network import Pair, between_nodes, in_nodes
+from megatron_vlmr1.launch.preflight_network import WRONG, Pair, between_nodes, in_nodes
 from megatron_vlmr1.launch.preflight_node import RankFacts, facts
 from megatron_vlmr1.launch.preflight_verdict import Node, Verdict, any_slow, verdict
 from megatron_vlmr1.runtime import clocks, distributed
@@ -89,7 +90,8 @@ def preflight(cfg: Config, log_dir: Path) -> None:
         if judged.bad:
             write_or_warn(log_dir / BAD_NODES, "".join(f"{node}\n" for node in judged.bad).encode())
     if judged.broken:
-        raise ValueError(f"preflight: {judged.broken}")
+        by_nodes = judged.bad and judged.words() in judged.broken
+        raise ValueError(f"preflight: {judged.broken}{'; or start with launch.preflight=off' if by_nodes else ''}")
     if judged.bad:
         _leave_out(judged, log_dir)
 
@@ -126,8 +128,13 @@ def _measured_pairs(names: Sequence[str], groups: Sequence[Sequence[int]], every
             break
         time.sleep(_PAUSE_S)
         again = between_nodes(names, groups, every)
-        pairs = [max(pair, key=lambda p: p.bytes_s) for pair in zip(pairs, again, strict=True)]
+        pairs = [_better(*pair) for pair in zip(pairs, again, strict=True)]
     return pairs
+
+
+def _better(first: Pair, again: Pair) -> Pair:
+    """The faster; what arrived changed once is no weather."""
+    return next((pair for pair in (first, again) if pair.bytes_s == WRONG), max(first, again, key=lambda p: p.bytes_s))
 
 
 def config_sha256(cfg: Config) -> str:
@@ -173,13 +180,14 @@ def _sees_run(directory: Path) -> bool:
     seen = not leads_node() or _appears(path)
     distributed.any_rank(seen)  # all have looked
     if written:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
     return seen
 
 
 def _appears(path: Path) -> bool:
     until = time.monotonic() + _SEEN_S
-    while not path.exists():
+    while not os.path.exists(path):  # Path's own raises what a network file system may answer
         if time.monotonic() > until:
             return False
         time.sleep(0.1)

@@ -11,7 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_vlmr1.launch.disk import Disk
-from megatron_vlmr1.launch.health import MIN_DISK_BYTES, MIN_MEMORY_BYTES, gigabytes, gpu_reasons
+from megatron_vlmr1.launch.health import (
+    MIN_DISK_BYTES,
+    MIN_MEMORY_BYTES,
+    SLOW_DISK_BYTES_S,
+    gigabytes,
+    gpu_reasons,
+)
 from megatron_vlmr1.launch.preflight_network import WRONG, Pair
 from megatron_vlmr1.launch.preflight_node import RankFacts
 from megatron_vlmr1.launch.versions import DRIVER
@@ -21,8 +27,7 @@ CLOCK_TOLERANCE_S = 2.0  # between a node's wall clock and the median of all
 SLOW_LINK = 0.4  # times the median of nodes: less is a slow network
 SLOW_GPU = 0.75  # the same of matrix products
 SLOW_DISK = 0.1  # the same of writing, where it is less than SLOW_DISK_BYTES_S, too
-SLOW_DISK_BYTES_S = 20e6
-LOW_MEMORY = 0.5  # times the median of nodes of available memory
+LOW_MEMORY = 0.5  # the same of the share of a node's memory that is available
 COMPARED = 3  # nodes that it takes to compare
 
 
@@ -185,8 +190,8 @@ def _compare(nodes: Sequence[Node], out: Verdict) -> None:
     if len(nodes) < COMPARED:
         return
     _below(nodes, lambda n: n.gemm_tflops, SLOW_GPU, "{:.0f} TFLOP/s on its slowest GPU, others {:.0f}", out)
-    gb = "{:.2f} GB of memory available, others {:.2f}"
-    _below(nodes, lambda n: n.first.free_bytes / 1e9, LOW_MEMORY, gb, out)
+    told = "{:.0%} of its memory available, others {:.0%}"
+    _below(nodes, lambda n: n.first.free_bytes / max(1, n.first.total_bytes), LOW_MEMORY, told, out)
     for index, disk in enumerate(nodes[0].first.disks):
         told = "writes {:.1f} MB/s in " + disk.path.replace("{", "{{").replace("}", "}}") + ", others {:.1f}"
         _below(nodes, lambda n, i=index: _write_mb_s(n, i), SLOW_DISK, told, out, SLOW_DISK_BYTES_S / 1e6)  # type: ignore[misc]

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 _PATIENCE_S = 60.0
+_ABSENT = "not found; this must run where SLURM's commands are"
+
+
+def check_installed() -> None:
+    """Refuse to go on without SLURM.
+
+    Raises:
+        ValueError: its commands are not here.
+    """
+    if shutil.which("sbatch") is None:
+        raise ValueError(f"sbatch: {_ABSENT}")
 
 
 def sbatch(script: Path, after: str | None = None) -> str:
@@ -60,7 +72,7 @@ def _run(command: Sequence[str], forgotten: str = "") -> str:
             command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S
         )
     except FileNotFoundError as error:
-        raise ValueError(f"{command[0]}: not found; this must run where SLURM's commands are") from error
+        raise ValueError(f"{command[0]}: {_ABSENT}") from error
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"{command[0]}: SLURM does not answer within {_PATIENCE_S:g} s") from error
     words = " ".join(done.stderr.split())

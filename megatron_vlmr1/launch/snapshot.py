@@ -44,6 +44,8 @@ def write(path: Path, config: str, script: str, facts: Mapping[str, Any]) -> Non
         (made / SCRIPT).write_text(script)
         (made / "facts.json").write_text(json.dumps({**_surroundings(package), **facts}, indent=1) + "\n")
         made.rename(path)
+    except shutil.Error as error:  # a list of every file that it could not copy
+        raise OSError(f"{path}: {error.args[0][0][2]}") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,8 @@ class Jobs(Protocol):
 
     at_once: int
     poll_s: float
+    outlive: bool
+    """Whether jobs go on when this process has ended."""
 
     def start(self, cell: Cell, run_dir: Path, retry: bool) -> str:
         """Start a cell and return the job's name.
@@ -92,19 +94,23 @@ class Study:
         self._name, self._config_file, self._out, self._jobs, self._say = name, config_file, out, jobs, say
         self._warmup_steps = warmup_steps
         self.states = [State(cell, out / "cells" / cell.name) for cell in cells]
-        former = _former(out)
+        self._former = _former(out)
         for state in self.states:
-            state.job = former.get(state.cell.name, "")
+            state.job = str(self._former.get(state.cell.name, {}).get("job", ""))
 
     def run(self, retry_failed: bool) -> None:
         """Run every cell that is not done, one that failed before only with `retry_failed`, until no job is left.
 
         Raises:
+            ValueError: a cell is done with other settings than the study has now; one line, nothing is started.
             OSError: the study's directory cannot be written.
         """
         waiting = [state for state in self.states if self._look(state, retry_failed)]
         running = [state for state in self.states if state.state == RUNNING]
         self._keep()
+        for state in self.states:
+            if state.state in (FAILED, REFUSED) and state not in waiting:
+                self._tell(state)
         try:
             while waiting or running:
                 while waiting and len(running) < self._jobs.at_once:
@@ -116,6 +122,9 @@ class Study:
                     self._conclude(state)
         finally:
             self._jobs.stop()
+            for state in self.states:
+                if state.state == RUNNING and not self._jobs.outlive:
+                    self._conclude(state)
 
     def _look(self, state: State, retry_failed: bool) -> bool:
         """Find out what an earlier call left of a cell; return whether it has to be started."""
@@ -129,7 +138,25 @@ class Study:
             state.state = RUNNING
             return False
         state.state, state.reason = _outcome(state.run_dir, cfg.train.steps, self._jobs.log(state.run_dir))
+        if state.state == DONE:
+            self._check_same(state, cfg)
+        elif state.state == FAILED and not self._jobs.outlive and _was_cut_short(state, self._former):
+            state.state, state.reason = WAITING, "cut short with the study"
         return state.state == WAITING or (state.state == FAILED and retry_failed)
+
+    def _check_same(self, state: State, cfg: Config) -> None:
+        """Refuse to show numbers of former settings as those of the study's present ones.
+
+        Raises:
+            ValueError: a cell that is done had others.
+        """
+        ran = state.run_dir / "config.yaml"
+        same = not ran.is_file() or config.load(ran) == cfg
+        if not same or self._former.get(state.cell.name, {}).get("ranks", state.cell.ranks) != state.cell.ranks:
+            raise ValueError(
+                f"{state.run_dir}: this cell is done, with other settings than the study has now; name another --out, "
+                "or remove that directory"
+            )
 
     def _started(self, state: State, retry: bool) -> list[State]:
         """Start a cell; return it, or nothing if it is refused."""
@@ -165,15 +192,22 @@ class Study:
         write_atomic(self._out / CELLS, json_line(document))
 
 
-def _former(out: Path) -> dict[str, str]:
-    """The jobs that an earlier call started, by cell."""
+def _former(out: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier call kept, by cell."""
     try:
         document = json.loads((out / CELLS).read_bytes())
-        return {str(cell["name"]): str(cell["job"]) for cell in document["cells"]}
+        return {str(cell["name"]): dict(cell) for cell in document["cells"]}
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{out / CELLS}: not what a study writes ({error!r}); name another directory") from error
+
+
+def _was_cut_short(state: State, former: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a job that an earlier call saw running ended with that call, without a word."""
+    attempt = attempts.newest(state.run_dir)
+    silent = attempt is None or not (attempt / attempts.OUTCOME).exists()
+    return silent and former.get(state.cell.name, {}).get("state") == RUNNING
 
 
 def _outcome(run_dir: Path, steps: int, log: Path) -> tuple[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +15,7 @@ from megatron_vlmr1.launch.cluster import Cluster
 from megatron_vlmr1.launch.local import GRACE_S, ORDERLY_GRACE_S, rank_command
 from megatron_vlmr1.launch.submit import Request, submit
 from megatron_vlmr1.plan.study import Cell
+from megatron_vlmr1.runtime.children import die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ class LocalJobs:
 
     at_once = 1
     poll_s = 0.1
+    outlive = False
 
     def __init__(self, config_file: Path) -> None:
         self._config_file = config_file
@@ -49,7 +53,12 @@ class LocalJobs:
         run_dir.mkdir(parents=True, exist_ok=True)
         with self.log(run_dir).open("wb") as log:
             self._running = subprocess.Popen(  # noqa: S603 - our own command, as a list
-                rank_command(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                rank_command(words),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),
             )
         return str(self._running.pid)
 
@@ -77,6 +86,7 @@ class SlurmJobs:
     """Jobs of a cluster, at most `at_once` in its queue; they outlive this process and are found again."""
 
     poll_s = 5.0
+    outlive = True
 
     def __init__(self, config_file: Path, cluster: Cluster, at_once: int, time: str | None) -> None:
         self.at_once = at_once

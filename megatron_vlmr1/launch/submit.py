@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,11 +25,20 @@ def submit(request: Request) -> list[str]:
     """Check, freeze and submit a run; return the ids of its jobs, one for each link of the chain.
 
     Raises:
-        ValueError: the request does not fit together, or SLURM is not here or refuses it; one line, nothing submitted.
-        OSError: the run directory cannot be written.
+        ValueError: the request does not fit together, SLURM is not here or refuses it, or the run directory cannot be
+            written; one line, nothing submitted.
     """
     check(request)
     check_data(request.cfg)
+    slurm.check_installed()
+    try:
+        return _submit_snapshot(request)
+    except OSError as error:
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        raise ValueError(f"{where}{error.strerror or error}") from error
+
+
+def _submit_snapshot(request: Request) -> list[str]:
     request = _with_service(request)
     path = snapshot.next_path(request.run_dir)
     text = render(request, path)
@@ -39,7 +50,7 @@ def submit(request: Request) -> list[str]:
     snapshot.write(path, config.dump(request.cfg), text, _facts(request))
     try:
         return _submit_chain(path / snapshot.SCRIPT, request.chain)
-    except ValueError:
+    except BaseException:  # Ctrl-C too: without its snapshot a job that SLURM has taken all the same ends at once
         shutil.rmtree(path)
         raise
 
@@ -94,11 +105,18 @@ def _submit_chain(path: Path, links: int) -> list[str]:
     try:
         for _ in range(links):
             jobs.append(slurm.sbatch(path, after=jobs[-1] if jobs else None))
-    except ValueError:
-        for job in jobs:
-            slurm.cancel(job)
+    except BaseException:
+        _cancel(jobs)
         raise
     return jobs
+
+
+def _cancel(jobs: Sequence[str]) -> None:
+    for job in jobs:
+        try:
+            slurm.cancel(job)
+        except ValueError as error:
+            logger.warning("job %s is still in the queue, where it will fail: %s", job, error)
 
 
 def _facts(request: Request) -> dict[str, object]:

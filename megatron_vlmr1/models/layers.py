@@ -1,19 +1,16 @@
-"""megatron-core's configuration and layer specification for our models."""
+"""megatron-core's configuration for our models, and their norm."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vlmr1.config import RecomputeConfig
-from megatron_vlmr1.models.attention import CoreAttention
+from megatron_vlmr1.config import PrecisionConfig, RecomputeConfig
 from megatron_vlmr1.models.shape import TextShape, padded
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.runtime import device
@@ -42,9 +39,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def transformer_config(
-    text: TextShape, mesh: Mesh, dtype: torch.dtype, recompute: RecomputeConfig
+    text: TextShape,
+    mesh: Mesh,
+    dtype: torch.dtype,
+    recompute: RecomputeConfig,
+    precision: PrecisionConfig | None = None,
 ) -> TransformerConfig:
-    """Return megatron-core's configuration of the language model on this mesh."""
+    """Return megatron-core's configuration of the language model on this mesh.
+
+    Of `precision` only what is about FP8 is read; None computes none.
+
+    Raises:
+        ValueError: this megatron-core has no such FP8 option.
+    """
     interleaved = mesh.vp_size > 1
     return TransformerConfig(
         num_layers=text.num_layers,
@@ -85,7 +92,17 @@ def transformer_config(
         apply_rope_fusion=False,
         deallocate_pipeline_outputs=False,
         **recompute.megatron_core(),
+        **_fp8(precision or PrecisionConfig()),
     )
+
+
+def _fp8(precision: PrecisionConfig) -> dict[str, Any]:
+    """Return FP8 options, all of which this version of megatron-core has."""
+    options = precision.megatron_core()
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    if missing := sorted(options.keys() - known):
+        raise ValueError(f"precision.fp8={precision.fp8}: this megatron-core has no {', '.join(missing)}")
+    return options
 
 
 def _layer_layout(layers_by_chunk: Sequence[int]) -> list[list[str]]:
@@ -94,12 +111,3 @@ def _layer_layout(layers_by_chunk: Sequence[int]) -> list[list[str]]:
     layout[0].insert(0, "embedding")
     layout[-1].append("loss")
     return layout
-
-
-def block_spec(layers: int) -> TransformerBlockSubmodules:
-    """Return the specification of a chunk's transformer block."""
-    layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = CoreAttention
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)

@@ -16,7 +16,19 @@ OF_A_LAYER = (
     "mlp.linear_fc2.weight",
 )
 
+# Transformer Engine fuses a norm with the linear layer behind it; elsewhere the two layer specs have the same names.
+FUSED = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+_APART = {fused: name for name, fused in FUSED.items()}
+
 Block = tuple[str | None, int, int]  # of a tensor (None: zeros), from, to
+
+
+def spec_free(name: str) -> str:
+    """Return the name of a decoder layer's parameter as in `OF_A_LAYER`, whichever layer spec it is of."""
+    return _APART.get(name, name)
 
 
 @dataclass(frozen=True)

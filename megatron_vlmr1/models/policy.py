@@ -9,6 +9,7 @@ import torch
 from megatron_vlmr1.config import RecomputeConfig
 from megatron_vlmr1.models.logprobs import Vocabulary, token_logprobs
 from megatron_vlmr1.models.shape import VlmShape, padded
+from megatron_vlmr1.models.specs import Layers
 from megatron_vlmr1.models.vlm import VlmModel, build_chunks, encode_images, gather_hidden
 from megatron_vlmr1.parallel import optimizer as parallel_optimizer
 from megatron_vlmr1.parallel.mesh import Mesh
@@ -28,18 +29,20 @@ class Policy:
         banned: Sequence[int],
         freeze_vision: bool = False,
         recompute: RecomputeConfig | None = None,
+        layers: Layers | None = None,
     ) -> None:
         """Build the model without its weights.
 
         `banned` are token ids that can never be produced: vision and padding tokens; `recompute` None keeps all
-        activations.
+        activations; `layers` None are those of the torch spec.
 
         Raises:
             ValueError: the model cannot be cut as the mesh's layout says.
         """
         self.shape, self.mesh, self.freeze_vision = shape, mesh, freeze_vision
+        self.layers = layers or Layers()
         self._gathering = False  # parameters, of which some may still be old
-        self._chunks = build_chunks(shape, mesh, dtype, recompute or RecomputeConfig())
+        self._chunks = build_chunks(shape, mesh, dtype, recompute or RecomputeConfig(), self.layers)
         if freeze_vision and self.chunks[0].vision is not None:
             self.chunks[0].vision.requires_grad_(False)
         rows = padded(shape.text.vocab_size, mesh.tp_size) // mesh.tp_size

@@ -21,8 +21,9 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_vlmr1.config import RecomputeConfig
 from megatron_vlmr1.models.attention import Attend, PackedAttention
-from megatron_vlmr1.models.layers import block_spec, transformer_config
+from megatron_vlmr1.models.layers import transformer_config
 from megatron_vlmr1.models.shape import VlmShape, padded
+from megatron_vlmr1.models.specs import Layers, block_spec
 from megatron_vlmr1.models.vision import VisionTower, encode
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.types import ImagePatches
@@ -56,9 +57,16 @@ class VlmModel(MegatronModule):
     """
 
     def __init__(
-        self, shape: VlmShape, mesh: Mesh, dtype: torch.dtype, vp_stage: int, recompute: RecomputeConfig
+        self,
+        shape: VlmShape,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        vp_stage: int,
+        recompute: RecomputeConfig,
+        layers: Layers | None = None,
     ) -> None:
-        config = transformer_config(shape.text, mesh, dtype, recompute)
+        layers = layers or Layers()
+        config = transformer_config(shape.text, mesh, dtype, recompute, layers.precision)
         super().__init__(config=config)
         self.shape, self.mesh, self.dtype = shape, mesh, dtype
         self.model_type = ModelType.encoder_or_decoder
@@ -69,7 +77,9 @@ class VlmModel(MegatronModule):
         self.vision = VisionTower(config, shape.vision, dtype, recompute.tower) if self.pre_process else None
         self.language = _LanguageModel(
             config,
-            block_spec(mesh.layout.layers_by_chunk(shape.text.num_layers)[vp_stage * mesh.pp_size + mesh.pp_rank]),
+            block_spec(
+                mesh.layout.layers_by_chunk(shape.text.num_layers)[vp_stage * mesh.pp_size + mesh.pp_rank], layers.spec
+            ),
             vocab_size=padded(shape.text.vocab_size, mesh.tp_size),
             max_sequence_length=shape.text.max_positions,
             pre_process=self.pre_process,
@@ -120,15 +130,19 @@ class VlmModel(MegatronModule):
         return scatter_to_sequence_parallel_region(x, group=self.mesh.tp_group) if self.mesh.sequence_parallel else x
 
 
-def build_chunks(shape: VlmShape, mesh: Mesh, dtype: torch.dtype, recompute: RecomputeConfig) -> list[VlmModel]:
+def build_chunks(
+    shape: VlmShape, mesh: Mesh, dtype: torch.dtype, recompute: RecomputeConfig, layers: Layers | None = None
+) -> list[VlmModel]:
     """Build this pipeline stage's chunks, in the order in which a token meets them. Weights are not loaded.
+
+    `layers` None are those of the torch spec.
 
     Raises:
         ValueError: the model cannot be cut as the mesh's layout says.
     """
     shape.check_layout(mesh.layout)
     recompute.check(mesh.layout.layers_by_chunk(shape.text.num_layers))
-    return [VlmModel(shape, mesh, dtype, i, recompute) for i in range(mesh.vp_size)]
+    return [VlmModel(shape, mesh, dtype, i, recompute, layers) for i in range(mesh.vp_size)]
 
 
 def _mark_parallel_parameters(module: torch.nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,7 @@ from matplotlib import pyplot  # noqa: E402  # after the choice of a backend tha
 
 from megatron_vlmr1.plan.document import Document, fullest  # noqa: E402
 from megatron_vlmr1.plan.tables import layout_text  # noqa: E402
+from megatron_vlmr1.telemetry.files import write_atomic  # noqa: E402
 
 
 def draw(document: Document, path: Path) -> None:
@@ -39,5 +41,7 @@ def draw(document: Document, path: Path) -> None:
     axes[0][0].set_ylabel(f"GB of {document['gpu']}")
     figure.suptitle(f"{document['model']} on {document['gpus']} x {document['gpu']}")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
     pyplot.close(figure)
+    write_atomic(path, picture.getvalue())

@@ -126,12 +126,19 @@ class Device:
             host = max(0.0, host - sum(parts.values()))
         return {**parts, "launch": parts.get("launch", 0.0) + host}
 
-    def all_gather(self, link: Link, ranks: int, count: float, what: str) -> Cost:
-        """Return what gathering `count` bytes in all, or reducing and scattering them, costs a rank."""
+    def all_gather(self, link: Link, ranks: int, count: float, what: str, on_node: int = 1) -> Cost:
+        """Return what gathering `count` bytes in all, or reducing and scattering them, costs a rank.
+
+        With `on_node` of the ranks on each node there are as many rings at a time, each of which leaves the node at
+        another rank's adapter: a rank sends its part of one of them over the network, and of the others to neighbours.
+        """
         if ranks == 1:
             return NOTHING
-        sent = count * (ranks - 1) / ranks
-        return Cost({what: sent / self.rates[link] + (ranks - 1) * self._latency[link]}, {(link, what): sent})
+        sent = {link: count * (ranks - 1) / ranks}
+        if link == "network" and on_node > 1:
+            sent = {"network": sent[link] / on_node, "nvlink": sent[link] * (1 - 1 / on_node)}
+        seconds = max(part / self.rates[way] for way, part in sent.items()) + (ranks - 1) * self._latency[link]
+        return Cost({what: seconds}, {(way, what): part for way, part in sent.items()})
 
     def all_reduce(self, link: Link, ranks: int, count: float, what: str) -> Cost:
         """Return what summing `count` bytes over ranks costs a rank."""

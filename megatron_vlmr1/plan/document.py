@@ -23,8 +23,8 @@ def document(cfg: Config, shape: PlanShape, hardware: Hardware, world: int, work
 
     Returns:
         ``own``, ``best`` and ``second`` (null where there is none) with ``layout``, ``step_s``, ``phases``, ``memory``,
-        ``host_bytes``, ``rates``, ``flops`` and ``checkpoint``; seconds, bytes and FLOPs. Where nothing
-        fits, ``nearest`` needs the least, and ``fits_from`` says how many devices would do.
+        ``host_bytes``, ``host_peak_bytes``, ``rates``, ``flops`` and ``checkpoint``; seconds, bytes and FLOPs. Where
+        nothing fits, ``nearest`` needs the least, and ``fits_from`` says how many devices would do.
     """
     found = recommend(cfg, shape, hardware, world, work)
     choices = [_choice(choice, cfg) for choice in found.choices] + [None, None]
@@ -111,7 +111,8 @@ def _planned(step: StepTime, memory: list[RankMemory]) -> Document:
             {"stage": rank.stage, "parameters": rank.parameters, "phases": rank.phases, "worst": rank.worst()}
             for rank in memory
         ],
-        "host_bytes": max((rank.host for rank in memory), key=lambda parts: sum(parts.values())),
+        "host_bytes": (most := max(memory, key=lambda rank: rank.host_peak)).host,
+        "host_peak_bytes": most.host_peak,
         "checkpoint": {
             "weights_bytes": step.checkpoint[0],
             "optimizer_bytes": step.checkpoint[1],

@@ -47,6 +47,7 @@ bytes moved, bytes that a rank sends in a ring; seconds of a collective's hop, o
 _PRIOR = 0.003  # weight of the numbers that there were, against one phase; a doubling costs what half a percent does
 _ROUNDS = 60
 _SHORTEST_S = 1e-3  # phases that are shorter are no evidence
+_NEEDED = ("train/tokens", "time/update", "perf/step_s", "perf/lm_flops")  # of a step that says anything
 _WARM_UP = 2  # steps that are left out, where there are more
 
 
@@ -74,9 +75,11 @@ def observe(run_dir: Path, per_node: int) -> Observation:
     shape = read_plan_shape(cfg.model.path)
     try:
         world = int(json.loads((run_dir / "facts.json").read_text(encoding="utf-8"))["parallel"]["world"])
+        if world < 1:
+            raise ValueError(world)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{run_dir / 'facts.json'}: not there or damaged: is it a finished run?") from error
-    rows = [row for _, row in read_metrics(run_dir) if row.get("train/tokens") and "time/update" in row]
+    rows = [row for _, row in read_metrics(run_dir) if all(row.get(name) for name in _NEEDED)]
     rows = rows[_WARM_UP:] or rows
     if not rows:
         raise ValueError(f"{run_dir / 'metrics.jsonl'}: no step that was trained on")
@@ -134,6 +137,8 @@ def from_benchmark(hardware: Hardware, path: Path) -> Hardware:
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(rows, list) or not rows:
+            raise ValueError("there is no row")
         measured = {str(row["name"]): (str(row["unit"]), float(row["value"])) for row in rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path}: not a list of {{"name", "unit", "value"}}: {error}') from error
@@ -146,7 +151,10 @@ def from_benchmark(hardware: Hardware, path: Path) -> Hardware:
             values[f"overheads.{name}_s"] = value
         else:
             values[f"efficiency.{name}"] = value / _peak(hardware, name)
-    return calibrated(hardware, values, f"measured: {path.name}")
+    try:
+        return calibrated(hardware, values, f"measured: {path.name}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _peak(hardware: Hardware, name: str) -> float:

@@ -40,12 +40,28 @@ class Layout:
         """Stages; the slowest of their ways."""
         return self._link(self.world)
 
+    @property
+    def dp_on_node(self) -> int:
+        """Ranks of a data-parallel group that share a node: its rings cross between nodes at each of them."""
+        return min(self.dp, max(1, self.per_node // self.tp))
+
+    @property
+    def nodes(self) -> int:
+        """All nodes."""
+        return -(-self.world // self.per_node)
+
+    @property
+    def first_nodes(self) -> int:
+        """Nodes with a stage of the first copy, which writes the weights."""
+        return len({stage * self.tp * self.dp // self.per_node for stage in range(self.pp)})
+
     def stage_layers(self, stage: int) -> int:
         """Return how many layers a pipeline stage has, in all its chunks."""
         return sum(self.layers[stage :: self.pp])
 
     def _link(self, span: int) -> Link:
-        return "nvlink" if span <= self.per_node else "network"
+        within = self.world <= self.per_node or self.per_node % span == 0  # else some group lies on two nodes
+        return "nvlink" if within else "network"
 
 
 def layout(parallel: ParallelConfig, num_layers: int, world: int, per_node: int) -> Layout:

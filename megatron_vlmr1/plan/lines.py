@@ -19,7 +19,7 @@ def lines(cfg: Config, shape: PlanShape, world: int) -> Iterator[str]:
         ValueError: the ranks, the layout or the cache do not fit.
     """
     tp, pp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
-    device: Device = "cpu" if cfg.precision == "fp32" else "cuda"
+    device: Device = "cpu" if cfg.precision.dtype == "fp32" else "cuda"
     stages = rank_memory(cfg, shape, world, device)
     tokens, flops = step_work(cfg, shape)
     vp = cfg.parallel.virtual_pipeline_model_parallel_size
@@ -49,7 +49,7 @@ def step_work(cfg: Config, shape: PlanShape) -> tuple[int, float]:
     tokens = prompts * (prompt + generations * new)
     pairs = prompts * (causal_pairs(prompt) + generations * causal_pairs(new, prompt))
     forward = language_flops(shape.text, tokens, pairs, prompts * generations * new)
-    rounds, iterations = max(1, cfg.grpo.dynamic_sampling_rounds), cfg.grpo.num_iterations
+    rounds, iterations = max(1, cfg.grpo.dynamic_sampling_rounds), cfg.grpo.num_iterations if grpo else 1
     passes = 3 + grpo * (rounds + (cfg.grpo.beta > 0) + (iterations > 1)) + 3 * (iterations - 1)
     return tokens, float(passes * forward)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from megatron_vlmr1.config import Config
+from megatron_vlmr1.config.rules import token_multiple
 from megatron_vlmr1.data.bins import fill
 from megatron_vlmr1.models.segments import Segment, alike
 from megatron_vlmr1.models.shape import VisionShape
@@ -74,7 +75,7 @@ class Load:
     def micro_batches(self, cfg: Config) -> list[MicroBatch]:
         """Return the micro-batches of an update, as `Updater.micro_batches` cuts them."""
         layout, train = cfg.parallel, cfg.train
-        multiple = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
+        multiple = token_multiple(cfg.precision, layout)
         at_least = train.micro_batches or layout.pipeline_model_parallel_size
         turns = layout.pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size > 1 else 1
         return list(self._cut(train.micro_batch_tokens // multiple * multiple, at_least, turns, multiple))
@@ -198,7 +199,7 @@ def in_flight(stage: int, pp: int, vp: int, micro_batches: int) -> Iterator[Coun
     backward pass: P - s - 1, or with virtual stages 2 (P - s - 1) + (V - 1) P (`get_pp_rank_microbatches`). Chunks
     take turns of P micro-batches; backward takes them from the last chunk to the first (`get_model_chunk_id`).
     """
-    total = micro_batches * vp
+    total = min(micro_batches, 4 * pp) * vp  # from then on it all comes again
     ahead = (pp - stage - 1) * 2 + (vp - 1) * pp if vp > 1 else pp - stage - 1
     ahead = min(ahead, total)
     kept: Counter[int] = Counter()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vlmr1.config import Config, decoding_layout
+from megatron_vlmr1.models import fp8
 from megatron_vlmr1.models.shape import padded
 from megatron_vlmr1.plan.activations import FP32, INDEX, Layer, Widths, chunk_kept, norm
 from megatron_vlmr1.plan.counts import Chunk, stage_chunks
@@ -29,8 +30,10 @@ TILES = {"cpu": (1024, 512), "cuda": (4096, 8192)}  # `models.logprobs.TILES`: p
 CHECKSUM_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 22}  # `parallel.replicas`: weights of a checksum, int64
 # Assumed, not measured here: a CUDA context with its libraries' kernels, NCCL's buffers, and cuBLAS's workspace.
 RUNTIME_BYTES = {"cpu": 0, "cuda": 1_500_000_000}
+FP8_COPIES = 2  # assumed: Transformer Engine keeps each weight of a layer in FP8, by rows and by columns
 PROCESS_BYTES = 350_000_000  # measured on a CPU: Python with torch, megatron-core and transformers
 REWARD_PROCESS_BYTES = 150_000_000  # assumed: a Python process with numpy, and without torch
+REWARDS, STAGED, LAST = "reward processes of the node", "staged save", "last save"  # parts of host memory
 SHARD_BYTES = 5 * 10**9  # `checkpoint.writer.MAX_SHARD_BYTES`
 
 
@@ -41,7 +44,9 @@ class RankMemory:
     stage: int
     parameters: int
     phases: dict[str, dict[str, int]]  # phase -> part -> bytes of the device, at that phase's peak
-    host: dict[str, int]  # part -> bytes of host memory, of this rank
+    host: dict[str, int]  # part -> bytes of host memory, of the stage's first rank, which saves the stage's weights
+    other_host: int  # bytes of host memory of any other rank of the stage
+    stage_ranks: int  # of all copies
 
     def peak(self, phase: str) -> int:
         """Bytes of the device at a phase's peak."""
@@ -51,6 +56,16 @@ class RankMemory:
         """Return the phase that needs the most, and its bytes."""
         phase = max(self.phases, key=self.peak)
         return phase, self.peak(phase)
+
+    def node_host(self, ranks: int) -> int:
+        """Bytes of host memory of a node with so many ranks like this one; they share the reward processes."""
+        shared, firsts = self.host.get(REWARDS, 0), max(1, ranks // self.stage_ranks)
+        return firsts * (self.host_peak - shared) + (ranks - firsts) * self.other_host + shared
+
+    @property
+    def host_peak(self) -> int:
+        """Bytes of host memory of the stage's first rank; a last save begins when the staged one is given back."""
+        return total(self.host) - min(self.host.get(STAGED, 0), self.host.get(LAST, 0))
 
 
 def rank_memory(
@@ -69,6 +84,7 @@ def rank_memory(
         ValueError: the ranks, the layout or the cache do not fit.
     """
     shape.check_layout(cfg.parallel)
+    fp8.check(cfg, shape.text)
     cfg.recompute.check(cfg.parallel.layers_by_chunk(shape.text.num_layers))
     dp = cfg.parallel.data_parallel_size(world)
     given = load or largest(cfg, shape, world)
@@ -92,7 +108,7 @@ class _Rank:
 
     @property
     def item(self) -> int:
-        return 2 if self.cfg.precision == "bf16" else 4
+        return 2 if self.cfg.precision.dtype == "bf16" else 4
 
     @property
     def tp(self) -> int:
@@ -123,7 +139,9 @@ class _Rank:
             "save": joined(resident, gradients, optimizer, self._saving(chunks)),
         }
         held = {phase: present(parts) for phase, parts in phases.items()}
-        return RankMemory(self.stage, sum(chunk.parameters for chunk in chunks), held, self._host(chunks))
+        host, other = self._host(chunks)
+        parameters = sum(chunk.parameters for chunk in chunks)
+        return RankMemory(self.stage, parameters, held, host, other, self.tp * self.dp)
 
     def _buffer(self, chunks: Sequence[Chunk]) -> int:
         return sum(self._buckets(chunks))
@@ -136,6 +154,9 @@ class _Rank:
         buffer = self._buffer(chunks)
         fixed = 0 if self.trains_tower else sum(sum(chunk.tower) for chunk in chunks)
         out = {"weights": (buffer + fixed) * self.item, "runtime": RUNTIME_BYTES[self.device]}
+        if self.cfg.precision.fp8 != "none":
+            of_a_layer = sum(rows * columns for rows, columns in fp8.matrices(self.shape.text, self.tp).values())
+            out["fp8 weights"] = FP8_COPIES * of_a_layer * sum(chunk.layers for chunk in chunks)
         if self.cfg.parallel.sequence_parallel:  # megatron-core's global memory buffer, never given back
             out["gather buffer"] = batch.tokens * self.shape.text.hidden_size * self.item
         # A chunk remembers the last input that another stage sent it, and that has its gradient.
@@ -211,6 +232,8 @@ class _Rank:
     def _update(self, chunks: Sequence[Chunk], batches: Sequence[MicroBatch], optimizer: Parts) -> Parts:
         """Return the dearest moment of forward and backward, or of the optimizer's step."""
         moments = self._passes(chunks, batches)
+        if self.device == "cpu":  # gloo reduces and scatters a copy
+            moments.append({"gradient reduction": max(self._buckets(chunks)) * GRADIENT_BYTES})
         if self.tp > 1 and self.trains_tower:  # laid one after another, and summed over the tensor-parallel group
             moments.append({"tower gradients": sum(chunks[0].tower) * GRADIENT_BYTES})
         if self.cfg.optimizer.offload != "always":
@@ -296,17 +319,16 @@ class _Rank:
         whole = self.cfg.parallel.model_copy(update={"tensor_model_parallel_size": 1})
         return sum(chunk.parameters for chunk in stage_chunks(self.shape, whole, self.stage))
 
-    def _host(self, chunks: Sequence[Chunk]) -> Parts:
-        """Return this rank's share of its node's memory; the reward processes are the node's, whatever its ranks."""
+    def _host(self, chunks: Sequence[Chunk]) -> tuple[Parts, int]:
+        """Return this rank's host memory, and that of a rank that saves no weights, without the node's processes."""
         cfg = self.cfg
         out: Parts = {"process": PROCESS_BYTES}
         if cfg.method == "grpo" and cfg.grpo.beta > 0:
             out["reference"] = sum(chunk.parameters for chunk in chunks) * self.item
-        shard = -(-self._buffer(chunks) // self.dp)
         if cfg.optimizer.offload != "none":
             out["offloaded optimizer"] = total(self._offloaded(chunks)[1])
-        if cfg.train.async_save:
-            out["staged save"] = self._published() * self.item + shard * STATE_BYTES
+        out |= self._prompts()
+        staged = -(-self._buffer(chunks) // self.dp) * STATE_BYTES if cfg.train.async_save else 0
         # `get_parameter_state_dp_zero`: all of the state; of one bucket besides this rank's shard, and one kind of
         # numbers from every rank, in order, and the kind before it in order; or this rank's shard of the next bucket in
         # place of one of these. Weights are gathered before that, a file at a time.
@@ -316,11 +338,13 @@ class _Rank:
             first, second = min(first, largest), min(max(first - largest, 0), largest)
         parts = [-(-bucket // self.dp) * STATE_BYTES for bucket in (first, second)]
         state = self._buffer(chunks) * STATE_BYTES + parts[0] + 2 * first * FP32 + max(first * FP32, parts[1])
-        out["last save"] = max(state, min(self._published() * self.item, SHARD_BYTES))
-        out |= self._prompts()
-        if cfg.method == "grpo":
-            out["reward processes of the node"] = (cfg.rewards.workers + 1) * REWARD_PROCESS_BYTES
-        return out
+        other = total(out) + max(staged, state)
+        if staged:
+            out[STAGED] = self._published() * self.item + staged
+        out[LAST] = max(state, min(self._published() * self.item, SHARD_BYTES))
+        if cfg.method == "grpo" and cfg.rewards.address is None:
+            out[REWARDS] = (cfg.rewards.workers + 1) * REWARD_PROCESS_BYTES
+        return out, other
 
     def _prompts(self) -> Parts:
         """Return the images of a step's prompts, and of those that are read ahead: one frame in fp32."""

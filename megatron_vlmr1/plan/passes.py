@@ -126,9 +126,9 @@ def _end(task: Task, stage: int) -> Cost:
     moved = trained * _GRADIENT_BYTES + share * _ADAM_BYTES[device.hardware.device]
     moved += _CHECKSUM_PASSES * ((language + tower) * device.item + share * 12)
     costs = [
-        device.all_gather(place.dp_link, place.dp, 4.0 * trained, "gradients"),
+        device.all_gather(place.dp_link, place.dp, 4.0 * trained, "gradients", place.dp_on_node),
         Cost({"optimizer": device.moved(moved)}),
-        device.all_gather(place.dp_link, place.dp, float(trained * device.item), "weights"),
+        device.all_gather(place.dp_link, place.dp, float(trained * device.item), "weights", place.dp_on_node),
     ]
     if stage == 0 and tower and not task.freeze_vision:  # each tensor-parallel rank saw its own images
         costs.append(device.all_reduce(place.tp_link, place.tp, 4.0 * tower, "gradients"))
@@ -159,8 +159,8 @@ def offloaded_state(task: Task) -> Cost:
 
 
 def checkpoint_bytes(shape: PlanShape, freeze_vision: bool, item: int) -> tuple[int, int]:
-    """Return the bytes of a checkpoint: (weights, optimizer: fp32 masters, where weights are not fp32, and moments)."""
+    """Return the bytes of a checkpoint: (weights, optimizer: fp32 masters and moments, of fp32 weights too)."""
     whole = Layout(1, 1, 1, 1, False, (shape.text.num_layers,), 1)
     language, tower = stage_parameters(shape, whole, 0)
     trained = language + (0 if freeze_vision else tower)
-    return (language + tower) * item, trained * (12 if item < 4 else 8)
+    return (language + tower) * item, trained * 12

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from megatron_vlmr1.config import Config, ParallelConfig, RecomputeConfig, decoding_layout
 from megatron_vlmr1.config.rules import check_cache, check_shares
+from megatron_vlmr1.models import fp8
 from megatron_vlmr1.plan import passes, search
 from megatron_vlmr1.plan.costs import Device
 from megatron_vlmr1.plan.hardware import Hardware
@@ -77,7 +78,7 @@ def room(hardware: Hardware) -> float:
 def misfit(memory: list[RankMemory], hardware: Hardware, per_node: int) -> str:
     """Return why ranks do not fit their devices or their node, in one line; "" if they do.
 
-    A node is taken to hold ranks of the stage with the most in host memory.
+    A node is taken to hold ranks of the stage with the most in host memory, the stage's first among them.
     """
     rank = max(memory, key=lambda rank: rank.worst()[1])
     phase, count = rank.worst()
@@ -87,7 +88,7 @@ def misfit(memory: list[RankMemory], hardware: Hardware, per_node: int) -> str:
             f"{room(hardware) / 1e9:.1f} GB ({hardware.memory_bytes.value / 1e9:.0f} GB of {hardware.name} less "
             f"{MARGIN:.0%})"
         )
-    host = per_node * max(sum(rank.host.values()) for rank in memory)
+    host = max(rank.node_host(per_node) for rank in memory)
     if host > hardware.host_memory_bytes.value:
         return (
             f"the ranks of a node need {host / 1e9:.0f} GB of host memory, more than its "
@@ -161,7 +162,7 @@ class _Planner:
     def __init__(self, cfg: Config, shape: PlanShape, hardware: Hardware, world: int, work: Workload) -> None:
         self.cfg, self.shape, self.hardware, self.world, self.work = cfg, shape, hardware, world, work
         self.per_node = min(world, hardware.devices_per_node)
-        self._device = Device(hardware, cfg.precision)
+        self._device = Device(hardware, cfg.precision.products)
         self._failed: dict[object, list[RankMemory]] = {}
         self._tensor: dict[int, str] = {}
 
@@ -193,6 +194,10 @@ class _Planner:
         """Return the first rule that a layout breaks, without its numbers; "" for none."""
         if problem := self._tensor_problem(parallel.tensor_model_parallel_size):
             return problem
+        try:
+            fp8.check(self.cfg.model_copy(update={"parallel": parallel}), self.shape.text)
+        except ValueError:
+            return "FP8 does not fit the matrices of a rank, the micro-batches or the layers of a stage"
         if self.cfg.train.prompts_per_step % copies:
             return f"train.prompts_per_step={self.cfg.train.prompts_per_step} is not a multiple of the copies"
         return self._static_misfit(parallel, copies, found)
@@ -276,11 +281,12 @@ class _Planner:
     def memory(self, setting: Setting) -> list[RankMemory]:
         """Return what the ranks hold, or would hold in another setting that fails for the same reason.
 
-        Training's phases do not depend on what generates, nor the rollout on what is computed again, nor host memory on
-        either.
+        Training's phases depend on whether a copy generates (it keeps its own embeddings) and not on which, nor the
+        rollout on what is computed again, nor host memory on either.
         """
         layout, budget = _layout(setting), setting.micro_batch_tokens
-        rollout, training = (layout, budget, setting.decoding), (layout, budget, str(setting.recompute))
+        rollout = (layout, budget, setting.decoding)
+        training = (layout, budget, str(setting.recompute), setting.decoding is None)
         for key in (layout, rollout, training):
             if key in self._failed:
                 return self._failed[key]

@@ -114,8 +114,8 @@ def _copy(device: Device, shape: PlanShape, which: Engine, training: Layout) -> 
     if not which.is_copy:
         return NOTHING
     place = which.place
-    held = sum(passes.stage_parameters(shape, place, 0)) / place.pp
-    own = 1.0 / training.pp if place.tp == training.tp else 0.0
+    held = sum(passes.stage_parameters(shape, place, 0))
+    own = min(1.0, place.pp / training.pp) if place.tp == training.tp else 0.0
     received = held * device.item * (1.0 - own)
     crosses = training.tp * training.dp * training.pp > training.per_node and training.pp > 1
     sent = device.send("network" if crosses else "nvlink", received, "weights")
@@ -128,8 +128,6 @@ def _prefill(device: Device, shape: PlanShape, which: Engine, work: Workload, pr
     rounds = max(1, math.ceil(tokens / which.max_prefill_tokens))
     batch = Packed(
         count=rounds * lanes,
-        empty=0,
-        prompts=prompts / rounds,
         images=prompts / rounds if work.grid else 0.0,
         tokens=math.ceil(tokens / rounds),
         pairs=prompts / rounds * causal_pairs(round(work.prompt_tokens)),
@@ -149,7 +147,7 @@ def _decode(device: Device, shape: PlanShape, which: Engine, work: Workload, pro
         prompts,
         work.generations,
         work.longest_completion,
-        which.max_cache_tokens // max(1, which.lanes),
+        which.max_cache_tokens // lanes,
     )
     costs = [
         _round(device, shape, which, lanes, rows, min(size.prompts, math.ceil(rows)), work.prompt_tokens, own) * ticks

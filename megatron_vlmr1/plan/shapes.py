@@ -88,8 +88,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _text_shape(config: dict[str, Any], directory: Path) -> PlanShape:
     path = directory / "config.json"
-    architecture = (config.get("architectures") or ["of no name"])[0]
-    if architecture not in _TEXT:
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else named
+    if not isinstance(architecture, str) or architecture not in _TEXT:
         known = ", ".join([*_TEXT, *families.known()])
         raise ValueError(f"{path}: architecture {architecture!r} cannot be planned; known: {known}")
     for key in ("attention_bias", "mlp_bias"):
@@ -117,5 +118,7 @@ def _text_shape(config: dict[str, Any], directory: Path) -> PlanShape:
         value = getattr(text, field.name)
         if field.type == "int" and (type(value) is not int or value < 1):
             raise ValueError(f"{path}: {field.name}: {value!r} is not a positive whole number")
+    if text.num_heads % text.num_kv_heads:
+        raise ValueError(f"{path}: {text.num_kv_heads} key/value heads do not divide {text.num_heads} attention heads")
     bias, norm = _TEXT[architecture]
     return PlanShape(directory.name, text, None, qkv_bias=bias, qk_norm=norm, vlm=None)

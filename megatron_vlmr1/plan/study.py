@@ -38,8 +38,8 @@ class StudyConfig(Section):
     warmup_steps: NonNegativeInt = 1
     """First steps of each run that are not measured."""
     cluster: str | None = None
-    """Cluster whose SLURM runs the jobs, as `vlmr1 submit --cluster` takes it; local processes, one job after another,
-    when empty."""
+    """Cluster whose SLURM runs the jobs, as `vlmr1 submit --cluster` takes it, or a file beside the study; local
+    processes, one job after another, when empty."""
     at_once: PositiveInt = 4
     """Jobs that are in the queue at a time."""
     time: str | None = None
@@ -56,8 +56,9 @@ class StudyConfig(Section):
         for key in ("run_dir", *self.axes):
             if key in self.overrides or any(key in point for points in self.axes.values() for point in points.values()):
                 raise ValueError(f"{key} is set by the study itself, or is the name of an axis and not a setting")
-        if len(set(self.nodes)) < len(self.nodes):
-            raise ValueError(f"nodes={self.nodes} names a number twice")
+        for name, values in (("nodes", self.nodes), ("scaling", self.scaling)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}={values} names one twice")
         if self.cluster is None and (self.time, self.at_once) != (None, 4):
             raise ValueError(
                 "time and at_once are for jobs of a cluster: without one, local jobs run one after another"

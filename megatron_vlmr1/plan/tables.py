@@ -89,7 +89,7 @@ def _plan(plan: Document, document: Document) -> Iterator[RenderableType]:
     yield _memory(plan["memory"], document["usable_bytes"])
     yield from bars(fullest(plan), document["memory_bytes"], document["usable_bytes"])
     host = ", ".join(f"{part} {gb(count)}" for part, count in plan["host_bytes"].items() if count)
-    yield Text(f"host memory of its process: {gb(sum(plan['host_bytes'].values()))} ({host})")
+    yield Text(f"host memory of its process: at most {gb(plan['host_peak_bytes'])} at a time ({host})")
     yield _times(plan)
     yield _traffic(plan)
     yield from _closing(plan)

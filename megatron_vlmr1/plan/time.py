@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_vlmr1.config import Config, ParallelConfig, RecomputeConfig, decoding_layout
+from megatron_vlmr1.config.rules import FP8_MULTIPLE
 from megatron_vlmr1.plan import passes, rollout_time
 from megatron_vlmr1.plan.costs import NOTHING, Cost, Device, total
 from megatron_vlmr1.plan.hardware import Hardware
@@ -38,6 +39,7 @@ class Program:
         max_prefill_tokens: of one pass.
         precision: of layers in training; generation is in bf16 where that is fp8.
         offloads: how often in a step the optimizer's state goes to the host and comes back.
+        async_save: whether checkpoints are written while training goes on.
         graphs: whether generation's kernels are launched as CUDA graphs; here they are not.
         overlap: whether gradients, gathered weights and tensor-parallel sums hide behind compute; here they do not.
     """
@@ -55,6 +57,7 @@ class Program:
     max_prefill_tokens: int = 1 << 60
     precision: str = "bf16"
     offloads: int = 0
+    async_save: bool = True
     graphs: bool = False
     overlap: bool = False
 
@@ -78,7 +81,8 @@ def program(cfg: Config, num_layers: int, world: int, per_node: int) -> Program:
         iterations=iterations,
         max_cache_tokens=cfg.rollout.max_cache_tokens,
         max_prefill_tokens=cfg.rollout.max_prefill_tokens,
-        precision=cfg.precision,
+        precision=cfg.precision.products,
+        async_save=cfg.train.async_save,
         offloads={"none": 0, "rollout": int(cfg.method == "grpo"), "always": iterations}[cfg.optimizer.offload],
     )
 
@@ -101,7 +105,7 @@ class StepTime:
         sequence_tokens: of completions, and of the prompt once for each: as others count.
         peak: FLOP/s of a device.
         checkpoint: (bytes of weights, bytes of optimizer state).
-        save_s: to write a checkpoint, by threads while training goes on.
+        save_s: to write a checkpoint.
         save_exposed_s: of it, what training waits for.
     """
 
@@ -150,7 +154,7 @@ def step_time(hardware: Hardware, shape: PlanShape, how: Program, work: Workload
     phases["other"] = Cost({"step": hardware.overheads.step_s.value})
     language, vision = useful_flops(shape, how, work)
     weights, state = passes.checkpoint_bytes(shape, how.freeze_vision, task.device.item)
-    nodes = -(-how.place.world // how.place.per_node)
+    save_s, copy_s = _save(hardware, how.place, weights, state)
     return StepTime(
         phases=phases,
         world=how.place.world,
@@ -161,9 +165,19 @@ def step_time(hardware: Hardware, shape: PlanShape, how: Program, work: Workload
         sequence_tokens=work.prompts * work.generations * (work.prompt_tokens + work.completion_tokens),
         peak=hardware.peak(how.precision),
         checkpoint=(weights, state),
-        save_s=(weights + state) / (hardware.disk_bytes_per_s.value * nodes),
-        save_exposed_s=_STAGED_COPIES * (weights + state) / how.place.world / task.device.rates["pcie"],
+        save_s=save_s,
+        save_exposed_s=copy_s if how.async_save else copy_s + save_s,
     )
+
+
+def _save(hardware: Hardware, place: Layout, weights: int, state: int) -> tuple[float, float]:
+    """Return the seconds in which a checkpoint is written, and in which a rank copies its part before that.
+
+    The first rank of each stage has the stage's weights (`checkpoint.writer`), every rank its shard of the state.
+    """
+    each = weights / place.first_nodes + state / place.nodes
+    copied = _STAGED_COPIES * (weights / place.pp + state / place.world)
+    return each / hardware.disk_bytes_per_s.value, copied / hardware.rates["pcie"]
 
 
 def training_task(device: Device, shape: PlanShape, how: Program, work: Workload) -> passes.Task:
@@ -174,8 +188,7 @@ def training_task(device: Device, shape: PlanShape, how: Program, work: Workload
         place.dp,
         how.micro_batch_tokens,
         how.micro_batches or place.pp,
-        place.pp if place.vp > 1 else 1,
-        place.tp if place.sequence_parallel else 1,
+        (place.tp if place.sequence_parallel else 1) * (FP8_MULTIPLE if how.precision == "fp8" else 1),
     )
     return passes.Task(device, shape, place, work, batch, how.recompute, how.freeze_vision)
 

@@ -52,12 +52,15 @@ def workload(
         if not 1 <= value <= limits[name]:
             key = "data.max_prompt_tokens" if name == "prompt" else "rollout.max_new_tokens"
             raise ValueError(f"--{name}-tokens {value:g}: from 1 to {key}={limits[name]}")
+    if image_tokens is not None and not 0 <= image_tokens <= prompt:
+        raise ValueError(f"--image-tokens {image_tokens:g}: from 0 to the {prompt:g} tokens of its prompt")
     grid = None
     if vision is not None:
         _, rows, columns = largest_grid(cfg, vision)
         grid = (rows, columns) if image_tokens is None else grid_of(vision, image_tokens)
         if grid and grid[0] * grid[1] // vision.merge_unit > prompt:
-            raise ValueError(f"an image of {grid[0] * grid[1] // vision.merge_unit} tokens in a prompt of {prompt:g}")
+            found = grid[0] * grid[1] // vision.merge_unit
+            raise ValueError(f"an image of {found} tokens in a prompt of {prompt:g}: say how many with --image-tokens")
     elif image_tokens:
         raise ValueError(f"--image-tokens {image_tokens:g}: a text model sees no images")
     return Workload(
@@ -74,9 +77,7 @@ def workload(
 class Packed:
     """A rank's micro-batches, all alike; the numbers are of one."""
 
-    count: int
-    empty: int  # besides them, so that the interleaved schedule goes round in whole turns
-    prompts: float  # repeated ones counted
+    count: int  # without the empty ones with which the interleaved schedule fills its last turn
     images: float  # that go through the tower
     tokens: float
     pairs: float  # (query, key), useful ones
@@ -84,7 +85,7 @@ class Packed:
 
 
 @lru_cache(maxsize=4096)
-def packed(work: Workload, copies: int, budget: int, at_least: int, turns: int, multiple: int) -> Packed:
+def packed(work: Workload, copies: int, budget: int, at_least: int, multiple: int) -> Packed:
     """Pack a rank's share of a step as `data.packing` does.
 
     Args:
@@ -92,8 +93,7 @@ def packed(work: Workload, copies: int, budget: int, at_least: int, turns: int, 
         copies: data-parallel ranks.
         budget: tokens of a micro-batch, at most.
         at_least: micro-batches, where there are that many groups.
-        turns: their number is a multiple of this.
-        multiple: and their tokens of this.
+        multiple: their tokens are a multiple of this.
     """
     groups = -(-work.prompts // copies)
     prompt, fed = work.prompt_tokens, work.completion_tokens - 1
@@ -112,8 +112,6 @@ def packed(work: Workload, copies: int, budget: int, at_least: int, turns: int, 
     pairs = _pairs(prompt) + rows * _pairs(fed, prompt)
     return Packed(
         count=bins,
-        empty=-bins % turns,
-        prompts=each,
         images=each if work.grid else 0.0,
         tokens=padded(math.ceil(each * part), multiple),
         pairs=each * pairs,

@@ -98,7 +98,7 @@ def headline(run: Run) -> list[str]:
         f"{steps:,} step{'s' * (steps != 1)}",
         f"{batch_text} a step" if batch else "",
         _layout(run),
-        str(run.setting("precision") or ""),
+        _precision(run),
         f"seed {run.setting('seed')}" if run.setting("seed") is not None else "",
         f"{datetime.datetime.fromtimestamp(finished, datetime.UTC):%Y-%m-%d %H:%M} UTC" if 0 < finished < 1e11 else "",
     ]
@@ -166,6 +166,12 @@ def describe(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return str(value)
+
+
+def _precision(run: Run) -> str:
+    """Return bf16, or fp8 with its recipe; older runs have the word alone."""
+    recipe, dtype = run.setting("precision.fp8"), run.setting("precision.dtype") or run.setting("precision")
+    return f"fp8 {recipe}" if recipe not in (None, "none") else str(dtype or "")
 
 
 def _layout(run: Run) -> str:

@@ -69,7 +69,8 @@ def _rows(file: Path) -> Iterator[Mapping[str, Any]]:
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Values by title, not a number where a sample has none; the host's only where there is no GPU."""
-    gpus = [[gpu for gpu in row.get("gpus") or [] if isinstance(gpu, dict)] for row in rows]
+    lists = [row["gpus"] if isinstance(row.get("gpus"), list) else [] for row in rows]
+    gpus = [[gpu for gpu in found if isinstance(gpu, dict)] for found in lists]
     if any(gpus):
         return {
             "GPU utilisation, % (mean)": [_over(sample, "util", np.mean) for sample in gpus],

@@ -76,7 +76,7 @@ def read(out: Path, hardware: Hardware) -> list[Row]:
     try:
         document = json.loads((out / CELLS).read_bytes())
         warmup = int(document["warmup_steps"])
-        found = [_row(cell, warmup, hardware) for cell in document["cells"]]
+        found = [_row(cell, out / "cells", warmup, hardware) for cell in document["cells"]]
     except FileNotFoundError as error:
         raise ValueError(f"{out}: no scaling study ({CELLS} is missing); `vlmr1 scaling run` makes one") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -86,7 +86,7 @@ def read(out: Path, hardware: Hardware) -> list[Row]:
     return found
 
 
-def _row(cell: Mapping[str, Any], warmup: int, hardware: Hardware) -> Row:
+def _row(cell: Mapping[str, Any], runs: Path, warmup: int, hardware: Hardware) -> Row:
     point = {str(axis): str(label) for axis, label in cell["point"].items()}
     row = Row(
         name=str(cell["name"]),
@@ -97,12 +97,13 @@ def _row(cell: Mapping[str, Any], warmup: int, hardware: Hardware) -> Row:
         state=str(cell["state"]),
         reason=str(cell["reason"]),
     )
-    metrics = read_metrics(str(cell["run_dir"]))
+    run_dir = runs / Path(row.name).name  # and not what the file says: a study can be moved
+    metrics = read_metrics(run_dir)
     measured = [values for step, values in metrics if step >= warmup]
     if measured:
         _measure(row, metrics, measured)
     if row.state == "done":
-        _predict(row, Path(str(cell["run_dir"])), hardware)
+        _predict(row, run_dir, hardware)
     return row
 
 

@@ -12,8 +12,10 @@ from megatron_vlmr1.config import Config, decoding_layout
 from megatron_vlmr1.data.images import ImageProcessor
 from megatron_vlmr1.data.prompts import PromptBuilder
 from megatron_vlmr1.data.tokens import VisionTokens, banned_token_ids, load_tokenizer, stop_token_ids
+from megatron_vlmr1.models import fp8
 from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.models.policy import Policy
+from megatron_vlmr1.models.specs import layers
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.rollout.decoding_copy import CopyEngine
 from megatron_vlmr1.rollout.engine import Engine
@@ -47,7 +49,9 @@ class Actor:
         self._processor = ImageProcessor.from_pretrained(directory, cfg.data.min_pixels, cfg.data.max_pixels)
         self._vision_tokens = VisionTokens.from_pretrained(directory)
         self._data = cfg.data
-        self.policy = Policy(shape, mesh, device.DTYPES[cfg.precision], banned, cfg.model.freeze_vision, cfg.recompute)
+        fp8.check(cfg, shape.text)
+        dtype, freeze = device.DTYPES[cfg.precision.dtype], cfg.model.freeze_vision
+        self.policy = Policy(shape, mesh, dtype, banned, freeze, cfg.recompute, layers(cfg))
         self.load_weights(directory)
         self._rollout = cfg.rollout
         limits = cfg.rollout.max_cache_tokens, cfg.rollout.max_prefill_tokens

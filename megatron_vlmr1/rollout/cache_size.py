@@ -27,7 +27,7 @@ def fit(prompt_tokens: int, prompts: int, generations: int, row_tokens: int, bud
     a few long completions hold their prompts, and without slots for others the rest of the rows would stand empty.
     What is left of the budget goes to slots.
     """
-    for rows in range(prompts * generations, 0, -1):
+    for rows in range(min(prompts * generations, budget // row_tokens), 0, -1):
         groups = -(-rows // generations)
         slots = min(prompts, rows, groups if rows == prompts * generations else 2 * groups + 1)
         if rows <= generations:  # better one whole group than single completions of several

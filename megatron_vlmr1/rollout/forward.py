@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from megatron_vlmr1.models.pieces import OF_A_LAYER, spec_free
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.models.shape import TextShape
 from megatron_vlmr1.parallel.mesh import Mesh
@@ -42,7 +43,7 @@ class FusedAttend(Protocol):
 
 @dataclass(frozen=True)
 class _Layer:
-    """Weights of one layer on this rank, as megatron-core lays them out."""
+    """Weights of one layer on this rank, as megatron-core lays them out; in the order of `OF_A_LAYER`."""
 
     norm: torch.Tensor  # [hidden]
     qkv: torch.Tensor  # [(H + 2 Hkv) D / tp, hidden], rows q..q k v of each key/value group
@@ -54,16 +55,8 @@ class _Layer:
 
 
 def _layer(module: Any) -> _Layer:
-    attention, mlp = module.self_attention, module.mlp
-    return _Layer(
-        norm=module.input_layernorm.weight,
-        qkv=attention.linear_qkv.weight,
-        qkv_bias=attention.linear_qkv.bias,
-        out=attention.linear_proj.weight,
-        mlp_norm=module.pre_mlp_layernorm.weight,
-        gate_up=mlp.linear_fc1.weight,
-        down=mlp.linear_fc2.weight,
-    )
+    held = {spec_free(name): parameter for name, parameter in module.named_parameters()}
+    return _Layer(*(held[name] for name in OF_A_LAYER))
 
 
 class Forward:

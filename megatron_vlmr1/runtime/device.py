@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._device
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of `config.precision`
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of `config.precision.dtype`
 
 _CPU = torch.device("cpu")
 _prepared = False
@@ -63,6 +63,17 @@ def peak_bytes() -> int:
     most = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     return most
+
+
+def capability() -> tuple[int, int]:
+    """Return the compute capability of this process's GPU; CUDA only."""
+    return torch.cuda.get_device_capability()
+
+
+def cuda_version() -> tuple[int, int]:
+    """Return the version of CUDA that torch is built for; CUDA only."""
+    major, minor = str(torch.version.cuda).split(".")[:2]
+    return int(major), int(minor)
 
 
 def uuid() -> str | None:

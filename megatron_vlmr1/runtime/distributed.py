@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlmr1.runtime import device
-from megatron_vlmr1.runtime.ranks import Identity, identity
+from megatron_vlmr1.runtime.ranks import Identity, identity, node_name
 from megatron_vlmr1.telemetry.progress import mark
 
 T = TypeVar("T")
@@ -21,7 +21,8 @@ def start(timeout_s: int) -> Identity:
     """Join the process group that the environment describes; without one, a group of this process alone.
 
     Raises:
-        ValueError: more ranks than GPUs on this node, or several ranks without MASTER_ADDR and MASTER_PORT.
+        ValueError: more ranks than GPUs on this node, several ranks without MASTER_ADDR and MASTER_PORT, or CUDA on
+            some nodes only; the last on all ranks.
     """
     me = identity() or Identity(0, 1, 0)
     if device.has_cuda():
@@ -47,7 +48,21 @@ def start(timeout_s: int) -> Identity:
         world_size=me.world,
         timeout=timedelta(seconds=timeout_s),
     )
+    _check_same_devices()
     return me
+
+
+def _check_same_devices() -> None:
+    """Refuse a job of which some nodes have lost CUDA: with NCCL here and gloo there they would hang."""
+    cuda = device.has_cuda()
+    either = torch.tensor([cuda, not cuda], dtype=torch.int32)  # on the CPU, where all ranks have gloo
+    dist.all_reduce(either, dist.ReduceOp.MAX)
+    if not either.all():
+        return
+    lacking: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(lacking, "" if cuda else node_name())
+    names = ", ".join(dict.fromkeys(filter(None, lacking)))
+    raise ValueError(f"no CUDA on {names}, while other nodes have it: mend the driver there, or leave the node out")
 
 
 def stop() -> None:

@@ -18,6 +18,7 @@ _PEAKS = {
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
 }
+_FP8_FACTOR = 2.0  # of each of them, by the same data sheets
 
 
 class LanguageShape(Protocol):
@@ -152,8 +153,10 @@ def vision_flops(shape: VisionShape, grids: Sequence[tuple[int, int, int]]) -> i
 
 
 def peak_flops(device_name: str | None, precision: str) -> float | None:
-    """Return a device's FLOP/s at a precision of `config.precision`; None where no data sheet is known here."""
-    return _PEAKS.get(device_name or "") if precision == "bf16" else None
+    """Return a device's FLOP/s in fp32, bf16 or fp8; None where no data sheet is known here."""
+    factor = {"bf16": 1.0, "fp8": _FP8_FACTOR}.get(precision)
+    peak = _PEAKS.get(device_name or "")
+    return None if factor is None or peak is None else factor * peak
 
 
 def utilisation(

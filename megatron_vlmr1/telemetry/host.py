@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 COUNTERS = ("disk_read_bytes", "disk_write_bytes", "net_tx_bytes", "net_rx_bytes")  # since the machine's start
+_FIRST_S = 0.1  # over which the first utilisation is measured
 _FIND_EVERY_S = 30.0  # looking for processes reads a file of every process of the node
 
 
@@ -20,7 +21,7 @@ class HostReader:
         self._directory = directory
         self._own: list[psutil.Process] = []
         self._looked = float("-inf")
-        psutil.cpu_percent()  # the first call only begins to count
+        self._first_s: float | None = _FIRST_S
 
     def read(self) -> dict[str, float]:
         """Return cpu_util (percent of all cores since the last call), mem_bytes (in use on the host), rss_bytes (of
@@ -30,8 +31,9 @@ class HostReader:
         What this machine does not tell is left out.
         """
         memory = psutil.virtual_memory()
+        first_s, self._first_s = self._first_s, None  # psutil counts for each thread: here, not where this was made
         readings = {
-            "cpu_util": float(psutil.cpu_percent()),
+            "cpu_util": float(psutil.cpu_percent(first_s)),
             "mem_bytes": float(memory.total - memory.available),
             "rss_bytes": self._rss(),
         }

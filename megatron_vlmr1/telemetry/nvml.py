@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ HARDWARE_THROTTLING = {
     0x80: "power brake",
 }
 _HARDWARE_BITS = sum(HARDWARE_THROTTLING)
+
+_LOOKS, _LOOK_S = 3, 0.05  # at why a device is slowed down, and between them
 
 Reading = Callable[[Any, Any], float]
 
@@ -170,20 +173,30 @@ def _health(nvml: Any, index: int) -> Health:
     except nvml.NVMLError as error:
         return Health(index, lost=str(error) or type(error).__name__)
     get = _Getter(nvml)
-    reasons = int(get(0, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, gpu))
     return Health(
         index=index,
         uuid=_text(get("", nvml.nvmlDeviceGetUUID, gpu)),
         name=_text(get("", nvml.nvmlDeviceGetName, gpu)),
         ecc_uncorrected=int(get(0, lambda: _ecc(nvml, gpu, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED))),
         row_trouble=_row_trouble(nvml, gpu, get),
-        throttled=tuple(words for bit, words in HARDWARE_THROTTLING.items() if reasons & bit),
+        throttled=_throttled(nvml, gpu, get),
         sm_mhz=int(get(0, nvml.nvmlDeviceGetClockInfo, gpu, nvml.NVML_CLOCK_SM)),
         sm_max_mhz=int(get(0, nvml.nvmlDeviceGetMaxClockInfo, gpu, nvml.NVML_CLOCK_SM)),
         mem_free=int(memory.free),
         mem_total=int(memory.total),
         processes=tuple(int(p.pid) for p in get((), nvml.nvmlDeviceGetComputeRunningProcesses, gpu)),
     )
+
+
+def _throttled(nvml: Any, gpu: Any, get: _Getter) -> tuple[str, ...]:
+    """The reasons that last: NVML may show a slowdown for a moment while clocks change."""
+    reasons = _HARDWARE_BITS
+    for look in range(_LOOKS):
+        time.sleep(_LOOK_S if look else 0.0)
+        reasons &= int(get(0, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, gpu))
+        if not reasons:
+            break
+    return tuple(words for bit, words in HARDWARE_THROTTLING.items() if reasons & bit)
 
 
 class _Getter:

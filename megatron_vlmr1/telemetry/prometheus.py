@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +30,10 @@ class PrometheusEndpoint:
         self._text = b""
         self.port: int | None = None
         try:
-            self._server = ThreadingHTTPServer((host, port), _handler(self))
-        except (OSError, OverflowError) as error:
+            self._server = _Server((host, port), _handler(self))
+        except (OSError, TypeError) as error:  # the latter of a host that is no name
             log.error("telemetry.prometheus_port=%d: nothing is served at %s: %s", port, host, error)
             return
-        self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
         log.info("metrics for Prometheus at http://%s:%d/metrics", host, self.port)
         threading.Thread(target=self._server.serve_forever, name="prometheus", daemon=True).start()
@@ -52,6 +52,18 @@ class PrometheusEndpoint:
         if self.port is not None:
             self._server.shutdown()
             self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        """Bind without asking a name server for this host's name, which may take it long to answer."""
+        TCPServer.server_bind(self)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that has gone is no traceback in the run's log."""
+        log.debug("a client of /metrics: %s", client_address, exc_info=True)
 
 
 def exposition(metrics: Mapping[str, float], run: str) -> str:

@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from megatron_vlmr1.telemetry import host, nvml
 from megatron_vlmr1.telemetry.files import json_line
 from megatron_vlmr1.telemetry.lines import LineFile
@@ -25,6 +23,7 @@ from megatron_vlmr1.telemetry.progress import here
 log = logging.getLogger(__name__)
 
 _KEPT = 10_000  # samples of one step
+_STALE = 10  # periods after which the last sample tells nothing of now
 _LEAVE_S = 2.0  # for the thread to finish a reading
 
 Sample = dict[str, Any]
@@ -58,11 +57,12 @@ class Sampler:
             self._thread.start()
 
     def take(self) -> list[Sample]:
-        """Return the samples since the last call, at least one where anything could be read."""
+        """Return the samples since the last call; without one the last, unless the driver has hung for long since."""
         if not self._period_s:
             self.sample()
         taken = [self._fresh.popleft() for _ in range(len(self._fresh))]
-        return taken or ([self._told] if self._told else [])
+        told = self._told
+        return taken or ([told] if told and time.time() - told["unix_s"] <= _STALE * self._period_s else [])
 
     def step_metrics(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Return what `take` gave as metrics of a step; the energy is that used since the last call's samples."""
@@ -79,14 +79,17 @@ class Sampler:
         self._ended.set()
         if self._period_s:
             self._thread.join(_LEAVE_S)
-            self._lines.flush()
+            if not self._thread.is_alive():  # or the disk that it waits for would hold us, too
+                self._lines.flush()
 
     def sample(self) -> None:
         """Read once."""
         step, phase, now = here.step, here.phase, time.time()
         try:
             read: Sample = {"gpus": nvml.read_devices(), "host": self._host.read()}
-        except (OSError, psutil.Error) as error:
+        except (
+            Exception
+        ) as error:  # whatever a driver or /proc says is no reason to lose a run, or the samples after it
             if not self._failed:
                 log.error("this node cannot be read, and the run goes on without: %s", error)
             self._failed = True
@@ -104,7 +107,8 @@ class Sampler:
         while not self._ended.is_set():
             began = time.monotonic()
             self.sample()
-            self._ended.wait(max(0.0, self._period_s - (time.monotonic() - began)))
+            took = time.monotonic() - began
+            self._ended.wait(max(took, self._period_s - took))  # a slow driver gets no more than half of our time
 
 
 def gpu_metrics(samples: Sequence[Sample]) -> dict[str, float]:

@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 _FREE_SECTIONS = ("parallel.", "recompute.", "evaluate.", "data.evaluate.", "train.keep_best.", "launch.", "telemetry.")
 _FREE_KEYS = {
     "run_dir",
+    "model.spec",
     "rollout.max_cache_tokens",
     "rollout.max_prefill_tokens",
     "rollout.tensor_model_parallel_size",
@@ -51,7 +52,7 @@ _FREE_KEYS = {
 # What may not differ even when asked: what is saved would not fit, or mean nothing (model, method, precision), or the
 # position in the data would be one in another order.
 _FIXED_SECTIONS = ("model.",)
-_FIXED_KEYS = {"method", "task", "seed", "precision", "data.train", "data.lanes", "data.shuffle_window"}
+_FIXED_KEYS = {"method", "task", "seed", "precision.dtype", "data.train", "data.lanes", "data.shuffle_window"}
 
 
 def check_config(cfg: Config, saved: dict[str, Any], allow: bool = False) -> list[str]:

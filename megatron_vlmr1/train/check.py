@@ -10,6 +10,7 @@ from megatron_vlmr1.config.rules import check_cache, check_shares
 from megatron_vlmr1.data.cache import open_cache
 from megatron_vlmr1.data.index import ShardSet
 from megatron_vlmr1.data.mixture import Mixture
+from megatron_vlmr1.models import fp8
 from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.rewards import tasks
 from megatron_vlmr1.telemetry.wandb_sink import check_installed
@@ -32,6 +33,7 @@ def check_inputs(cfg: Config, world: int, trains: bool = True) -> None:
     if (layout := decoding_layout(cfg)) is not None:
         shape.check_layout(layout)
     check_cache(cfg)
+    fp8.check(cfg, shape.text)
     cfg.recompute.check(cfg.parallel.layers_by_chunk(shape.text.num_layers))
     copies = cfg.parallel.data_parallel_size(world)
     if trains:
@@ -42,6 +44,15 @@ def check_inputs(cfg: Config, world: int, trains: bool = True) -> None:
             read_shape(hf_directory(cfg.model.reference_path, check=False))
         if cfg.debug.replay_rollouts is not None and not Path(cfg.debug.replay_rollouts).is_dir():
             raise ValueError(f"debug.replay_rollouts={cfg.debug.replay_rollouts}: no such directory")
+
+
+def check_machine(cfg: Config) -> None:
+    """Check that what the config needs is installed on this machine, where ranks will be started.
+
+    Raises:
+        ValueError: one line that says what to install.
+    """
+    fp8.check_installed(cfg)
 
 
 def check_data(cfg: Config, trains: bool = True) -> None:

@@ -224,7 +224,7 @@ class Run:
         """FLOPs and trained tokens per second and rank, over the step; generated tokens per second of rollout."""
         aside = metrics.get("time/evaluate", 0.0) + metrics.get("time/save_exposed", 0.0)
         seconds, world = metrics["perf/step_s"] - aside, self.mesh.world
-        peak = peak_flops(device.name(), self.cfg.precision)
+        peak = peak_flops(device.name(), self.cfg.precision.products)
         rates = utilisation(metrics["perf/lm_flops"], metrics["perf/vit_flops"], seconds, world, peak)
         rates["perf/tokens_per_s_per_gpu"] = metrics.get("train/tokens", 0.0) / seconds / world
         if "rollout/tokens" in metrics and not self.replays:
@@ -273,6 +273,7 @@ class Run:
             "bad_steps": self.updater.bad_steps,
             "recent": self.spikes.recent,
             "skipped": skipped,
+            "layer_spec": self.actor.policy.layers.spec,
             "data_sha256": self.shards.digest(),
             **self.weights_sha256,
             "config": self.cfg.model_dump(mode="json"),

@@ -107,6 +107,11 @@ def test_a_bad_node_is_named_and_the_job_requeued_without_it(results: Path, case
     assert list(report(results, case)["bad_nodes"]) == [node]
 
 
+def test_a_node_that_has_lost_cuda_is_named_before_anybody_waits_for_it(results: Path) -> None:
+    code, words = seen(results, "cuda_lost")
+    assert code == 2 and words.startswith("no CUDA on n1, while other nodes have it: ")
+
+
 def test_without_slurm_a_bad_node_is_wrong_input(results: Path) -> None:
     code, words = seen(results, "disk_without_slurm")
     assert code == 2 and "bad node n1: " in words and "start without it, or with launch.preflight=off" in words

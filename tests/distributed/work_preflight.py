@@ -18,11 +18,12 @@ from megatron_vlmr1.config import Config
 from megatron_vlmr1.errors import RunStopped
 from megatron_vlmr1.launch import preflight, preflight_network, preflight_node
 from megatron_vlmr1.launch.versions import DRIVER
-from megatron_vlmr1.runtime import clocks, device
+from megatron_vlmr1.runtime import clocks, device, distributed
 from megatron_vlmr1.telemetry import nvml
 from tests.fake_nvml import FakeNvml
 
-LATE_S = 0.02  # of every message on a slow link; those of the test take about a millisecond
+# Of every large message on a slow link: those of the test take about a millisecond, and ten where the machine is busy.
+LATE_S = 0.05
 
 
 def config(level: str, seed: int = 0) -> Config:
@@ -44,6 +45,13 @@ def everything(directory: Path) -> None:
             nodes = {"SLURMD_NODENAME": f"n{rank // 2}", "LOCAL_RANK": str(rank % 2)}
         with mock.patch.dict(os.environ, {**nodes, **environment}), fault(rank):
             seen[name] = ending(level, log_dir, rank)
+    seen["cuda_lost"] = [None, ""]
+    lost = {"SLURMD_NODENAME": f"n{rank // 2}"}
+    with mock.patch.dict(os.environ, lost), mock.patch.object(device, "has_cuda", lambda: rank not in (2, 3)):
+        try:
+            distributed._check_same_devices()
+        except ValueError as error:
+            seen["cuda_lost"] = [2, str(error)]
     (directory / f"rank_{rank}.json").write_text(json.dumps(seen))
 
 
@@ -86,12 +94,12 @@ def other_version(name: str) -> Callable[[int], Any]:
 
 
 def late_link(*links: set[int]) -> Callable[[int], Any]:
-    """Messages between two ranks of a set in `links` are late."""
+    """Large messages between two ranks of a set in `links` are late."""
     real = preflight_network._meet
 
     def patch(rank: int) -> Any:
         def meet(tensor: Any, peer: int) -> Any:
-            if {rank, peer} in links:
+            if {rank, peer} in links and tensor.numel() > 1:
                 time.sleep(LATE_S)
             return real(tensor, peer)
 

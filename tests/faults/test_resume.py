@@ -126,7 +126,7 @@ def test_every_changed_key_is_shown_and_some_may_be_let_pass(tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("method", "sft"), ("task", "math"), ("seed", 5), ("precision", "bf16"), ("model.path", "elsewhere")),
+        *(("method", "sft"), ("task", "math"), ("seed", 5), ("precision.dtype", "bf16"), ("model.path", "elsewhere")),
         *(("model.freeze_vision", True), ("data.train", "other"), ("data.lanes", 4), ("data.shuffle_window", 9)),
     ],
 )
@@ -143,6 +143,19 @@ def test_what_may_never_change(tmp_path: Path, key: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{key}={value}, not ") as refused:
         check_config(cfg, saved)
     assert "optimizer.lr=1e-09" in str(refused.value) and "--allow" not in str(refused.value)
+
+
+def test_layers_and_fp8_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    """The layer spec may differ, FP8 if allowed; a run that was saved with precision as one word is understood."""
+    cfg = config.load(jobs.write_config(tmp_path, tmp_path), ["precision=bf16"])
+    saved = cfg.model_dump(mode="json")
+    saved["model"]["spec"], saved["precision"] = "torch", "bf16"
+    assert check_config(cfg, saved) == []
+    saved["precision"] = {"dtype": "bf16", "fp8": "blockwise"}
+    saved["model"]["spec"] = "te"
+    with pytest.raises(ValueError, match="precision.fp8=blockwise, not none: .*pass --allow-config-change"):
+        check_config(cfg, saved)
+    assert check_config(cfg, saved, allow=True) == ["precision.fp8=blockwise, not none"]
 
 
 def test_ledgers_are_cut_where_the_run_resumes(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ JobCompType=jobcomp/none
 SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=16
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0,sched_min_interval=0,requeue_delay=1
 ReturnToService=2
@@ -86,7 +87,7 @@ class OneMachine:
         self._write_files()
         munge = [f"--{name}={self.base}/munge{end}" for name, end in _MUNGE.items()]
         self._run("munged", "--force", "--num-threads=2", *munge)
-        self._run("slurmctld", "-c")
+        self.start_controller("-c")
         for node in (*TRAINERS, *CPU_NODES):
             self.start_node(node)
         self.wait_idle((*TRAINERS, *CPU_NODES))
@@ -116,6 +117,18 @@ class OneMachine:
             if ours and process.pid != os.getpid() and process.pid not in _ancestors():
                 found.append(process)
         return found
+
+    def start_controller(self, *words: str) -> None:
+        """Start slurmctld, which goes on with the jobs that it had."""
+        self._run("slurmctld", *words)
+
+    def stop_controller(self) -> None:
+        """End slurmctld, which keeps on file what it knows; nodes and jobs go on."""
+        pid = _pid(self.base / "slurmctld.pid")
+        assert pid is not None
+        process = psutil.Process(pid)
+        process.terminate()
+        process.wait(20)
 
     def start_node(self, node: str) -> None:
         """Start a node's slurmd."""

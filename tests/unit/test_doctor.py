@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import yaml
 
 from megatron_vlmr1.cli import doctor
@@ -24,6 +25,7 @@ from megatron_vlmr1.launch.doctor import job_lines
 from megatron_vlmr1.launch.doctor_line import Line, all_well
 from megatron_vlmr1.launch.preflight import Examination
 from megatron_vlmr1.launch.preflight_verdict import Verdict
+from megatron_vlmr1.runtime import distributed
 from megatron_vlmr1.telemetry import nvml
 from tests.fake_nvml import FakeNvml
 
@@ -152,6 +154,12 @@ def test_limits_and_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert doctor_host._memory().state == "bad"
 
 
+@pytest.mark.parametrize("text", ["abc", "99999", "-1"])
+def test_a_master_port_that_is_none(text: str) -> None:
+    line = doctor_host._master_port(text)
+    assert (line.state, line.found) == ("bad", f"{text!r} is no port")
+
+
 def test_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
@@ -174,6 +182,17 @@ def test_a_table_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     doctor._print_table([Line("a", "ok", "1"), Line("b", "bad", "2", "mend")])
     assert capsys.readouterr().out == "a: ok: 1\nb: bad: 2 -> mend\n"
+
+
+def test_ranks_that_do_not_come_are_a_line_not_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def start(timeout_s: int) -> None:
+        raise dist.DistStoreError("1/2 clients joined.\nC++ stack")
+
+    monkeypatch.setattr(distributed, "start", start)
+    with pytest.raises(
+        ValueError, match=r"^not all ranks met in 120 s, see what the others say: 1/2 clients joined\.$"
+    ):
+        doctor._examined(None, tmp_path)
 
 
 def test_a_job_in_lines() -> None:

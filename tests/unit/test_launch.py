@@ -62,8 +62,8 @@ def test_omp_num_threads_of_the_user_stays(tmp_path, monkeypatch):
 
 def test_output_of_rank_0_reaches_the_terminal_and_all_of_it_the_logs(tmp_path, capfd):
     code = """
-    print("out of", os.environ["RANK"])
-    print("err of", os.environ["RANK"], file=sys.stderr)
+    sys.stdout.write(f"out of {os.environ['RANK']}\\n")  # in one piece, unbuffered or not
+    sys.stderr.write(f"err of {os.environ['RANK']}\\n")
     """
     assert run_ranks(2, python(code), tmp_path) == 0
     terminal = capfd.readouterr()

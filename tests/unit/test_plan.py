@@ -48,6 +48,24 @@ def test_what_is_there_all_the_time() -> None:
     assert "reference" not in bf16.host
 
 
+def test_a_node_holds_one_set_of_weights_to_save_and_one_reward_service() -> None:
+    (one,) = plan(settings(tp=2), 2)
+    published = plan(settings())[0].parameters * 4  # of the whole stage, uncut
+    rewards = one.host["reward processes of the node"]
+    # A last save begins when the staged one is given back.
+    assert one.host_peak == sum(one.host.values()) - min(one.host["staged save"], one.host["last save"])
+    staged = one.host["staged save"] - published  # of any rank
+    assert staged == 12 * one.phases["save"]["weights"] // 4
+    rest = one.host["process"] + one.host["reference"] + one.host["pixels"] + one.host.get("prompts ahead", 0)
+    assert one.other_host == rest + max(staged, one.host["last save"])
+    assert one.node_host(2) == one.host_peak + one.other_host
+    assert one.node_host(8) == 4 * (one.host_peak - rewards + one.other_host) + rewards  # four stages of two ranks
+    served = settings(tp=2, rewards={"address": "tcp://10.0.0.1:5555", "keys": "keys"})
+    assert "reward processes of the node" not in plan(served, 2)[0].host
+    none = plan(settings(train={"async_save": False}))[0]
+    assert "staged save" not in none.host and none.host_peak == sum(none.host.values())
+
+
 def _tower() -> int:
     from megatron_vlmr1.plan.counts import tower_tensors
 
@@ -122,6 +140,13 @@ def test_micro_batches_in_flight() -> None:
     most = max(in_flight(0, 4, 2, 8), key=lambda c: sum(c.values()))
     assert sum(most.values()) == 2 * 3 + 4 + 1 and max(c[0] for c in in_flight(0, 4, 2, 8)) == 8
     assert all(c == Counter({0: 1}) for c in in_flight(0, 1, 1, 3))
+    assert list(in_flight(1, 4, 2, 10**6)) == list(in_flight(1, 4, 2, 16))  # it all comes again
+
+
+def test_thousands_of_groups_on_a_rank() -> None:
+    cfg = settings(train={"micro_batch_tokens": 8192, "prompts_per_step": 20_000})
+    batches = Load(20_000, 8, 1024, 257, ()).micro_batches(cfg)
+    assert {batch.tokens for batch in batches} == {2 * (1024 + 8 * 256)} and len(batches) == 10_000
 
 
 def test_settings_that_save_memory_do() -> None:
@@ -226,6 +251,10 @@ def test_refusals_and_the_dry_run(tmp_path: Path, capfd: pytest.CaptureFixture[s
         ({**LLAMA, "attention_bias": True}, "attention_bias=true"),
         ({**LLAMA, "num_hidden_layers": 0}, "num_layers: 0 is not a positive"),
         ({**LLAMA, "hidden_size": "wide"}, "missing or malformed"),
+        ({**LLAMA, "num_key_value_heads": 3}, "3 key/value heads do not divide"),
+        ({**LLAMA, "architectures": [["LlamaForCausalLM"]]}, "cannot be planned"),
+        ({**LLAMA, "architectures": 5}, "architecture 5 cannot be planned"),
+        ({**LLAMA, "architectures": []}, r"architecture \[\] cannot be planned"),
         ([], "not an object"),
     ):
         path.write_text(json.dumps(raw))

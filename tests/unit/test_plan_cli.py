@@ -117,8 +117,9 @@ def test_a_laptop_and_a_picture(capfd, tmp_path):
         ),
         (["configs/rec.yaml", "--gpus", "8", "--hardware", "no.yaml"], "no.yaml: not a readable hardware file"),
         (["configs/rec.yaml", "--gpus", "8", "--prompt-tokens", "9999"], "--prompt-tokens 9999: from 1 to"),
-        (["configs/rec.yaml", "--gpus", "8", "--image-tokens", "3000"], "tokens in a prompt of 2048"),
+        (["configs/rec.yaml", "--gpus", "8", "--image-tokens", "3000"], "--image-tokens 3000: from 0 to the 2048"),
         (["--fit", "runs/none"], "--fit RUN_DIR and --write FILE.yaml belong together"),
+        (["configs/rec.yaml", "--fit", "runs/none", "--write", "x.yaml"], "--fit takes no CONFIG, --gpus or --chart"),
         (["--fit", "runs/none", "--write", "x.yaml"], "runs/none/config.yaml: no such config file"),
     ],
 )

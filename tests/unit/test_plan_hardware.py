@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vlmr1 import config
-from megatron_vlmr1.plan import fit, hardware
+from megatron_vlmr1.plan import fit, hardware, passes
 from megatron_vlmr1.plan.shapes import read_plan_shape
 from megatron_vlmr1.plan.time import program, step_time
 from megatron_vlmr1.plan.workload import workload
@@ -73,11 +73,12 @@ def test_a_benchmark_sets_shares(tmp_path):
     path.write_text(json.dumps([{"name": "nvlink", "unit": "GB/s", "value": 1}]))
     with pytest.raises(ValueError, match=r"gpu.json: nvlink in GB/s is not known; known: matmul_large in FLOP/s"):
         fit.from_benchmark(H100, path)
-    path.write_text("[1]")
-    with pytest.raises(ValueError, match="not a list of"):
-        fit.from_benchmark(H100, path)
+    for text in ("[1]", "[]", "{}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="not a list of"):
+            fit.from_benchmark(H100, path)
     path.write_text(json.dumps([{"name": "matmul_large", "unit": "FLOP/s", "value": 2e15}]))
-    with pytest.raises(ValueError, match="less than or equal to 1"):
+    with pytest.raises(ValueError, match=r"gpu.json: .*less than or equal to 1"):
         fit.from_benchmark(H100, path)
 
 
@@ -128,7 +129,7 @@ def finished(tmp_path_factory) -> Path:
     top = tmp_path_factory.mktemp("plan_fit")
     shards = jobs.build_shards(top, "train", 32)
     parallel = {"tensor_model_parallel_size": 1}
-    train = {"steps": 6, "save_every": 0}
+    train = {"steps": 6, "save_every": 0}  # the last step is saved all the same
     cfg = jobs.write_config(top, shards, parallel=parallel, grpo={"beta": 0.04}, train={**jobs.SMALL["train"], **train})
     process = jobs.start("train", cfg, "--nproc", 1)
     out, _ = process.communicate(timeout=200)
@@ -151,6 +152,15 @@ def test_a_finished_run_is_predicted_better(finished):
     assert fit.error(fitted, [run]) < fit.error(CPU, [run])
 
 
+def test_a_checkpoint_is_as_large_as_planned(finished):
+    (state,) = finished.glob("checkpoints/step_*/state/optimizer")
+    (weights,) = finished.glob("checkpoints/step_*/hf")
+    run = fit.observe(finished, 2)
+    planned = passes.checkpoint_bytes(run.shape, run.how.freeze_vision, 4)
+    for directory, pattern, count in ((weights, "*.safetensors", planned[0]), (state, "*.distcp", planned[1])):
+        assert sum(path.stat().st_size for path in directory.glob(pattern)) == pytest.approx(count, rel=0.05)
+
+
 def test_what_is_no_finished_run(finished, tmp_path):
     with pytest.raises(ValueError, match="no such config file"):
         fit.observe(tmp_path, 2)
@@ -159,4 +169,10 @@ def test_what_is_no_finished_run(finished, tmp_path):
         fit.observe(tmp_path, 2)
     (tmp_path / "facts.json").write_bytes((finished / "facts.json").read_bytes())
     with pytest.raises(ValueError, match=r"metrics.jsonl: no step that was trained on"):
+        fit.observe(tmp_path, 2)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/tokens": 5, "time/update": 1.0}\n')  # no FLOPs
+    with pytest.raises(ValueError, match=r"metrics.jsonl: no step that was trained on"):
+        fit.observe(tmp_path, 2)
+    (tmp_path / "facts.json").write_text('{"parallel": {"world": 0}}')
+    with pytest.raises(ValueError, match=r"facts.json: not there or damaged"):
         fit.observe(tmp_path, 2)

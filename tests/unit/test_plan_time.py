@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,9 @@ from megatron_vlmr1.plan.workload import Packed, Workload, packed, workload
 ROOT = Path(__file__).resolve().parents[2]
 H100 = hardware.read(ROOT / "configs" / "hardware" / "h100-80gb.yaml")
 SHAPES = {size: read_plan_shape(f"qwen2.5-vl-{size}") for size in ("3b", "7b", "32b", "72b")}
+
+
+RECIPE_72B = config.load(ROOT / "configs" / "recipe" / "72b.yaml")
 
 
 def place(tp: int = 1, pp: int = 1, dp: int = 1, vp: int = 1, num_layers: int = 80) -> Layout:
@@ -52,7 +56,18 @@ def test_rooflines_and_rings_by_hand():
         Device(hardware.read(ROOT / "configs" / "hardware" / "a100-80gb.yaml"), "fp8")
 
 
+def test_a_group_with_ranks_on_each_node_crosses_at_each_of_their_adapters():
+    device = Device(H100, "bf16")
+    assert (place(2, 1, 16).dp_on_node, place(8, 1, 4).dp_on_node, place(2, 4, 2).dp_on_node) == (4, 1, 2)
+    one, four = (device.all_gather("network", 16, 16e9, "x", on_node) for on_node in (1, 4))
+    assert four.sent_bytes == {("network", "x"): 15e9 / 4, ("nvlink", "x"): pytest.approx(15e9 * 3 / 4)}
+    hops = 15 * H100.overheads.network_latency_s.value
+    assert four.seconds - hops == pytest.approx((one.seconds - hops) / 4)
+
+
 def test_links_follow_the_order_of_ranks():
+    # Six ranks of 2 x 3 begin anew within a node of eight: the second group lies on two.
+    assert (place(2, 4, 3).dp_link, place(2, 1, 3).dp_link, place(6, 1, 4).tp_link) == ("network", "nvlink", "network")
     assert (place(8, 4, 2).tp_link, place(8, 4, 2).dp_link, place(8, 4, 2).pp_link) == ("nvlink", "network", "network")
     assert (place(2, 2, 2).dp_link, place(2, 2, 2).pp_link) == ("nvlink", "nvlink")
     assert decoding_links(place(8, 4, 2), 8, 1)[0] == "nvlink"
@@ -79,7 +94,7 @@ def test_matrix_products_take_their_flops(recompute):
     free = {f"efficiency.matmul_{name}": 1.0 for name in ("large", "medium", "small")}
     device = Device(hardware.calibrated(H100, free, "assumed"), "bf16")
     work = Workload(4, 1, 2048.0, None, 6144.0, 6144)
-    batch = packed(work, 1, 8192, 4, 1, 8)
+    batch = packed(work, 1, 8192, 4, 8)
     assert (batch.count, batch.tokens, batch.labels) == (4, 8192, 6144)  # 8,191 padded to a multiple of 8
     task = passes.Task(device, shape, where, work, batch, RecomputeConfig(**recompute))
     t = shape.text
@@ -96,7 +111,7 @@ def test_pipeline_bubble():
     shape = SHAPES["72b"]
 
     def run(count: int, vp: int) -> tuple[float, float]:
-        batch = Packed(count=count, empty=0, prompts=1, images=0, tokens=8192, pairs=1e6, labels=0)
+        batch = Packed(count=count, images=0, tokens=8192, pairs=1e6, labels=0)
         task = passes.Task(Device(H100, "bf16"), shape, place(8, 4, 1, vp), Workload(1, 1, 1, None, 1, 1), batch)
         cost = passes.through(task, train=True, tower=False)
         return cost.seconds, cost.seconds_by_part["bubble"]
@@ -126,9 +141,9 @@ def test_packing_is_the_programs():
             cfg = cfg.model_copy(update={"parallel": parallel, "train": train})
             exact = Load(groups, 8, 2048, 256, ()).micro_batches(cfg)
             work = workload(cfg, None)
-            ours = packed(work, 1, budget, pp, pp if vp > 1 else 1, 8)
+            ours = packed(work, 1, budget, pp, 8)
             real = [batch for batch in exact if batch.labels]
-            assert (ours.count, ours.empty) == (len(real), len(exact) - len(real))
+            assert ours.count == len(real)
             assert ours.count * ours.tokens == pytest.approx(sum(batch.tokens for batch in real), rel=0.02)
             assert ours.count * ours.labels == sum(batch.labels for batch in real)
 
@@ -195,6 +210,18 @@ def test_ticks_and_rows_of_a_cache(requests, rows, mean):
     assert sum(count * n for count, n, _ in plan) == pytest.approx(fed, rel=0.12)
 
 
+@pytest.mark.parametrize(("pp", "copies"), [(1, 4), (2, 2)])
+def test_copies_of_the_weights_wait_for_each_other(pp, copies):
+    """Each of the copies asks the same ranks for what it has not: all but its own of the four training stages."""
+    shape, training, device = SHAPES["72b"], place(8, 4, 1), Device(H100, "bf16")
+    which = rollout_time.engine(training, (8, pp), 10**6, 8192, 80)
+    parts = rollout_time.rollout(device, shape, which, workload(RECIPE_72B, shape.vision), training)
+    held = 2 * sum(passes.stage_parameters(shape, place(8, pp), 0))
+    assert which.copies == copies
+    wanted = copies * held * (1 - pp / 4) / H100.rates["network"]
+    assert parts["copy"].seconds == pytest.approx(wanted, rel=1e-3)
+
+
 def test_images_are_shared_out_over_tensor_parallel_ranks():
     device, vision = Device(H100, "bf16"), SHAPES["7b"].vision
     one, eight, nine = (layers.tower(device, vision, (70, 72), n, place(8)) for n in (1, 8, 9))
@@ -205,8 +232,7 @@ def test_images_are_shared_out_over_tensor_parallel_ranks():
 
 def test_a_step_has_the_phases_of_its_config():
     shape = SHAPES["72b"]
-    cfg = config.load(ROOT / "configs" / "recipe" / "72b.yaml")
-    how, work = program(cfg, 80, 64, 8), workload(cfg, shape.vision)
+    how, work = program(RECIPE_72B, 80, 64, 8), workload(RECIPE_72B, shape.vision)
     step = step_time(H100, shape, how, work)
     assert list(step.phases) == ["rollout", "reward_exposed", "logprobs", "update", "other"]
     assert step.seconds == pytest.approx(sum(cost.seconds for cost in step.phases.values()))
@@ -217,6 +243,13 @@ def test_a_step_has_the_phases_of_its_config():
     assert sent["network", "weights"] == pytest.approx(parameters, rel=0.1)
     exact = sum(passes.stage_parameters(shape, place(), 0))
     assert step.checkpoint[0] == 2 * exact
+    # Four machines have a first rank of a stage, which writes its weights; all eight write the state.
+    wanted = step.checkpoint[0] / 4 + step.checkpoint[1] / 8
+    assert step.save_s == pytest.approx(wanted / H100.disk_bytes_per_s.value)
+    copied = 2 * (step.checkpoint[0] / 4 + step.checkpoint[1] / 64) / H100.rates["pcie"]
+    assert step.save_exposed_s == pytest.approx(copied)
+    waits = step_time(H100, shape, replace(how, async_save=False), work)
+    assert waits.save_exposed_s == pytest.approx(copied + waits.save_s)
     assert step.rates["perf/tokens_per_s_per_gpu"] == pytest.approx(16 * 8 * 256 / step.seconds / 64)
     sft = step_time(H100, shape, Program(how.place, grpo=False), work)
     assert list(sft.phases) == ["update", "other"]
@@ -259,7 +292,10 @@ def test_workloads():
     assert workload(cfg, vision, image_tokens=0).grid is None
     with pytest.raises(ValueError, match="--completion-tokens 300: from 1 to rollout.max_new_tokens=256"):
         workload(cfg, vision, completion_tokens=300)
-    with pytest.raises(ValueError, match="an image of 1260 tokens in a prompt of 100"):
+    with pytest.raises(ValueError, match="an image of 1260 tokens in a prompt of 100: say how many with --image-tok"):
         workload(cfg, vision, prompt_tokens=100)
+    for wrong in (-5.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"--image-tokens {wrong:g}: from 0 to the 2048 tokens of its prompt"):
+            workload(cfg, vision, image_tokens=wrong)
     with pytest.raises(ValueError, match="a text model sees no images"):
         workload(cfg, None, image_tokens=5)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from megatron_vlmr1.config import TelemetryConfig
 from megatron_vlmr1.errors import REQUEUE, RunStopped
-from megatron_vlmr1.launch import preflight
+from megatron_vlmr1.launch import preflight, preflight_node
 from megatron_vlmr1.launch.disk import Disk, existing_parent, measure
 from megatron_vlmr1.launch.health import port_problem
 from megatron_vlmr1.launch.preflight_network import WRONG, Pair, quick_rounds, tournament
@@ -93,13 +97,14 @@ def test_a_sick_gpu(sick: Health, says: str) -> None:
 def test_what_is_compared_with_the_other_nodes() -> None:
     nodes = job(5)
     nodes[1] = replace(nodes[1], gemm_tflops=500.0)
-    nodes[2] = replace(nodes[2], first=replace(nodes[2].first, free_bytes=100 * GB))
+    nodes[0] = replace(nodes[0], first=replace(nodes[0].first, free_bytes=124 * GB, total_bytes=128 * GB))
+    nodes[2] = replace(nodes[2], first=replace(nodes[2].first, free_bytes=100 * GB, total_bytes=500 * GB))
     slow = (Disk("/run", 10**12, 1e6), Disk("/tmp", 10**12, 5e7))
     nodes[3] = replace(nodes[3], first=replace(nodes[3].first, disks=slow))
     nodes[4] = replace(nodes[4], clock_ahead_s=-5.0)
     assert verdict(nodes, []).bad == {
         "n1": ["500 TFLOP/s on its slowest GPU, others 700"],
-        "n2": ["100.00 GB of memory available, others 500.00"],
+        "n2": ["20% of its memory available, others 98%"],
         "n3": ["writes 1.0 MB/s in /run, others 1000.0"],  # 50 MB/s are slow beside others, and enough
         "n4": ["its clock is 5.0 s behind the others'"],
     }
@@ -139,6 +144,63 @@ def test_disks_and_ports(tmp_path: Path) -> None:
     assert existing_parent(tmp_path / "a/b/c") == tmp_path
     assert port_problem("127.0.0.1", 0) == "" and port_problem("127.0.0.1", None) == ""
     assert port_problem("192.0.2.1", 9400).startswith("telemetry.prometheus_port=9400 cannot be had at 192.0.2.1: ")
+
+
+def test_a_disk_that_is_slow_once_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def best(*found: Disk) -> Disk:
+        left = iter(found)
+        monkeypatch.setattr(preflight_node, "measure", lambda place, size: next(left))
+        best = preflight_node._measured(Path("/run"), 1)
+        assert next(left, None) is None  # it measured as often
+        return best
+
+    monkeypatch.setattr(preflight_node, "_PAUSE_S", 0.0)
+    slow, slower, fast = Disk("/run", 9, 2e6), Disk("/run", 9, 1e6), Disk("/run", 9, 5e8)
+    gone = Disk("/run", problem="Input/output error")
+    assert best(fast) == fast == best(slow, fast)
+    assert best(slower, slow, slower) == slow
+    assert best(gone) == gone == best(slow, gone)
+
+
+def test_a_port_that_is_taken_ends_no_run_that_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight_node, "port_problem", lambda host, port: f"{port} is taken")
+    telemetry = TelemetryConfig(prometheus_port=9400)
+    ports = []
+    for number in (0, 1):
+        (tmp_path / f"attempt_{number}").mkdir()
+        ports += [preflight_node.facts(0, "", tmp_path / f"attempt_{number}", None, "quick", telemetry).port]
+    assert ports == ["9400 is taken", ""]
+
+
+def test_a_gpu_is_as_fast_as_most_of_its_rounds_and_may_have_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.1, 0.1, 0.9, 1.0, 1.1])  # the second round of three is held up
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(preflight_node, "device", SimpleNamespace(has_cuda=lambda: True, device=lambda: "cpu"))
+    monkeypatch.setattr(preflight_node, "_GEMM", 10)
+    monkeypatch.setattr(preflight_node, "_GEMM_S", 0.95)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    assert preflight_node.gemm_tflops() == pytest.approx(4 * 2 * 10**3 / 0.1 / 1e12)
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "ones", full)
+    assert preflight_node.gemm_tflops() == 0.0
+
+
+def test_a_message_that_arrived_changed_once_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*rates: float) -> float:
+        left = iter(rates)
+        monkeypatch.setattr(
+            preflight, "between_nodes", lambda *_: [Pair(("a", "b"), 20.0, 0.0), Pair(("b", "c"), next(left), 0.0)]
+        )
+        return preflight._measured_pairs(["a", "b", "c"], [[0], [1], [2]], False)[1].bytes_s
+
+    monkeypatch.setattr(preflight, "_PAUSE_S", 0.0)
+    assert measured(2.0, 3.0, 19.0) == 19.0
+    assert measured(2.0, 3.0, 1.0, 2.0) == 3.0
+    assert measured(WRONG, 20.0, 20.0, 20.0) == WRONG == measured(2.0, WRONG, 20.0, 20.0)
 
 
 def test_versions_name_the_code() -> None:

@@ -50,11 +50,17 @@ def test_phases_end_where_nobody_ran() -> None:
 
 
 def test_torn_and_strange_lines_are_left_out(tmp_path: Path) -> None:
-    strange: list[object] = ["[1]", '{"unix_s": "NaN"}', '{"unix_s": 200, "gpus": 3, "host": null', "{}"]
+    strange: list[object] = [
+        "[1]",
+        '{"unix_s": "NaN"}',
+        '{"unix_s": 200, "gpus": 3, "host": null',
+        "{}",
+        '{"unix_s": 9, "gpus": 3}',
+    ]
     write(tmp_path, "a", [*samples(5, [GPU]), *strange, {"unix_s": 1e5, "gpus": [{"util": "x"}], "phase": None}])
     (machine,), _ = machines(tmp_path)
     assert len(machine.charts) == 3
-    write(tmp_path, "a", strange)
+    write(tmp_path, "a", strange[:-1])
     assert machines(tmp_path) == ([], 1)
     assert machines(tmp_path / "absent") == ([], 0)
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
+from megatron_vlmr1 import config
 from megatron_vlmr1.cli.main import main
 from megatron_vlmr1.launch.study import DONE, FAILED, REFUSED, WAITING, Study
 from megatron_vlmr1.plan.hardware import read as read_hardware
@@ -17,7 +21,7 @@ from megatron_vlmr1.report import scaling
 from megatron_vlmr1.report.scaling_rows import read as read_rows
 from megatron_vlmr1.runtime.attempts import write_outcome
 from megatron_vlmr1.telemetry.files import json_line
-from tests.jobs import ROOT, build_shards, write_config
+from tests.jobs import ROOT, build_shards, command_line, start, write_config
 
 STEPS = 5
 CPU = read_hardware(ROOT / "configs" / "hardware" / "cpu.yaml")
@@ -66,7 +70,8 @@ def test_the_grid_has_every_point_once(tmp_path: Path, base: Path) -> None:
     [
         ({"node": [1]}, "unknown key node; did you mean nodes?"),
         ({"nodes": []}, "nodes: "),
-        ({"nodes": [2, 2]}, "names a number twice"),
+        ({"nodes": [2, 2]}, "nodes=[2, 2] names one twice"),
+        ({"scaling": ["weak", "weak"]}, "scaling=['weak', 'weak'] names one twice"),
         ({"axes": {"layout": {}}}, "axes.layout has no point"),
         ({"axes": {"layout": {"../x": {}}}}, "label '../x'"),
         ({"overrides": {"run_dir": "x"}}, "run_dir is set by the study"),
@@ -100,7 +105,7 @@ def test_a_missing_or_foreign_study_is_one_line(tmp_path: Path, capsys: pytest.C
 class FakeJobs:
     """Runs that take no time: each ends as `ends` says, with a step time of its own."""
 
-    at_once, poll_s = 2, 0.0
+    at_once, poll_s, outlive = 2, 0.0, True
 
     def __init__(self, ends: dict[str, int] | None = None) -> None:
         self.ends = ends or {}
@@ -150,10 +155,24 @@ def run_study(folder: Path, base: Path, jobs: FakeJobs, retry_failed: bool = Fal
     return study
 
 
+def test_a_cluster_beside_the_study_says_how_many_ranks_a_node_has(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.yaml").write_text("tasks_per_node: 3\n")
+    path = write_study(tmp_path, config=str(base), cluster="mine.yaml", ranks_per_node=None)
+    assert main(["scaling", "run", str(path), "--dry-run", "--json"]) == 0
+    assert {cell["ranks"] for cell in json.loads(capsys.readouterr().out)["cells"]} == {3, 12}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["scaling", "run", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert "sbatch: not found" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_figures_of_a_finished_study(tmp_path: Path, base: Path) -> None:
     study = run_study(tmp_path, base, FakeJobs())
     assert [state.state for state in study.states] == [DONE] * 6
-    rows = {row.name: row for row in read_rows(tmp_path / "out", CPU)}
+    (tmp_path / "out").rename(tmp_path / "elsewhere")  # a study can be moved
+    rows = {row.name: row for row in read_rows(tmp_path / "elsewhere", CPU)}
+    (tmp_path / "elsewhere").rename(tmp_path / "out")
     one, strong, weak = rows["n1-dp-b8"], rows["n4-dp-b8-strong"], rows["n4-dp-b8-weak"]
     assert (one.step_s, strong.step_s, weak.step_s) == (2.0, 1.0, 2.5)  # first step and saves left out
     assert one.efficiency == {"strong": 1.0, "weak": 1.0}
@@ -191,14 +210,45 @@ def test_only_what_is_not_done_is_run_again(tmp_path: Path, base: Path) -> None:
     assert last.started == ["n1-dp-b8", "n4-dp-b8-weak"] == last.retried
 
 
+def test_numbers_of_former_settings_are_not_shown_as_those_of_the_present(tmp_path: Path, base: Path) -> None:
+    study = run_study(tmp_path, base, FakeJobs())
+    for state in study.states:
+        ran = config.load(base, list(state.cell.overrides))
+        (state.run_dir / "config.yaml").write_text(config.dump(ran))
+    again = FakeJobs()
+    run_study(tmp_path, base, again)
+    assert again.started == []
+    other = grid(tmp_path, base, overrides={"train.steps": STEPS, "optimizer.lr": 1e-5})
+    more = cells(read(write_study(tmp_path)), 4, base, tmp_path / "out")
+    for found in (other, more):
+        with pytest.raises(ValueError, match="cells/n1-dp-b8: this cell is done, with other settings than the study"):
+            Study("study", found, base, tmp_path / "out", again, 1, lambda line: None).run(False)
+    assert again.started == []
+
+
+def test_an_interrupted_study_says_what_became_of_its_jobs(tmp_path: Path, base: Path) -> None:
+    class Interrupted(FakeJobs):
+        at_once, outlive = 1, False
+
+        def alive(self, job: str) -> bool:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(tmp_path, base, Interrupted({"n1-dp-b8": 85}))
+    kept = json.loads((tmp_path / "out" / "cells.json").read_text())["cells"]
+    assert [cell["state"] for cell in kept] == [WAITING] * 6 and kept[0]["reason"] == "ended with 85"
+
+
 def test_a_layout_that_does_not_fit_is_shown_and_the_others_run(tmp_path: Path, base: Path) -> None:
     axes = {
         "layout": {"tp3": {"parallel.tensor_model_parallel_size": 3}, "dp": {"parallel.tensor_model_parallel_size": 1}}
     }
     jobs = FakeJobs()
     found = grid(tmp_path, base, axes=axes, scaling=["strong"], overrides={"train.prompts_per_step": 8})
-    study = Study("study", found, base, tmp_path / "out", jobs, 1, lambda line: None)
+    said: list[str] = []
+    study = Study("study", found, base, tmp_path / "out", jobs, 1, said.append)
     study.run(False)
+    assert "n1-tp3 refused: " in said[0] and "n4-tp3 refused: " in said[1]
     refused = [state for state in study.states if state.state == REFUSED]
     assert [state.cell.name for state in refused] == ["n1-tp3", "n4-tp3"] and jobs.started == ["n1-dp", "n4-dp"]
     assert "tensor_model_parallel_size=3 does not divide" in refused[0].reason
@@ -207,15 +257,33 @@ def test_a_layout_that_does_not_fit_is_shown_and_the_others_run(tmp_path: Path, 
 
 
 def test_a_real_study_of_one_cell(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_study(tmp_path, config=str(base), nodes=[1], axes={}, scaling=["strong"])
+    overrides = {"train.steps": 2 * STEPS, "train.save_every": 1, "parallel.tensor_model_parallel_size": 1}
+    facts = {"config": str(base), "nodes": [1], "ranks_per_node": 1, "axes": {}, "scaling": ["strong"]}
+    path = write_study(tmp_path, **facts, overrides=overrides)
     out = tmp_path / "out"
+    kill_after_a_step(start("scaling", "run", path, "--out", out), out / "cells" / "n1")
     assert main(["scaling", "run", str(path), "--out", str(out), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [(cell["name"], cell["state"]) for cell in document["cells"]] == [("n1", "done")]
+    assert "step 1/" not in (out / "cells/n1/logs/attempt_1/rank_0.log").read_text(), "it goes on from its checkpoint"
     assert main(["scaling", "report", str(out), "--gpu", "cpu", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["cells"]
-    assert row["steps"] == STEPS - 1 and row["step_s"] > 0 and row["strong_efficiency"] == 1.0
-    assert row["rollout_s"] > 0 and row["memory_bytes"] > row["predicted_memory_bytes"] > 1e6
+    assert row["steps"] == 2 * STEPS - 1 and row["step_s"] > 0 and row["strong_efficiency"] == 1.0
+    assert row["rollout_s"] > 0 and 0.5 < row["memory_bytes"] / row["predicted_memory_bytes"] < 2
     assert row["predicted_step_s"] > 0 and (out / "planned.png").stat().st_size > 5000
     assert main(["scaling", "run", str(path), "--out", str(out)]) == 0
-    assert len(list((out / "cells" / "n1" / "logs").glob("attempt_*"))) == 1  # done is done
+    assert len(list((out / "cells" / "n1" / "logs").glob("attempt_*"))) == 2  # done is done
+
+
+def kill_after_a_step(study: subprocess.Popen[str], run_dir: Path) -> None:
+    """Kill the driver of a study while it waits for a cell, and wait until nothing of the cell runs."""
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes()):
+        assert study.poll() is None, study.communicate()
+        time.sleep(0.05)
+    study.kill()
+    study.communicate()
+    until = time.monotonic() + 20
+    while any(str(run_dir) in command_line(process) for process in psutil.process_iter()):
+        assert time.monotonic() < until, "a job has outlived its study"
+        time.sleep(0.05)

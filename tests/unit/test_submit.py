@@ -184,7 +184,7 @@ def test_hostile_values_stay_values(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     facts = {"environment": {"ODD": value}, "venv": f"/venv {HOSTILE}", "account": HOSTILE, "exclude": ["n1 # x"]}
     text = render(request(here, facts, name="r " + HOSTILE, rewards_nodes=1), here / "snap")
     assert text.count("#SBATCH --account=root") == 1, "in the middle of the script, where it says nothing to sbatch"
-    head = text[: text.index("\nset -uo")]
+    head = text[: text.index("\nRUN_DIR=")]
     assert "--account=root" not in head
     quoted = HOSTILE.replace('"', '\\"')
     assert f'#SBATCH --account="{quoted}"' in head and '#SBATCH --exclude="n1 # x"' in head
@@ -193,7 +193,7 @@ def test_hostile_values_stay_values(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for words in commands(text):
         assert words[words.index("-m") - 1] == f"/venv {HOSTILE}/bin/python"
     done = subprocess.run(
-        ["bash", "-c", text[text.index("set -uo") : text.index("# shellcheck")] + 'printf %s "$ODD$RUN_DIR"'],
+        ["bash", "-c", text[text.index("RUN_DIR=") : text.index("# shellcheck")] + 'printf %s "$ODD$RUN_DIR"'],
         capture_output=True,
         check=True,
     )
@@ -291,9 +291,50 @@ def test_what_sbatch_refuses_leaves_no_snapshot_and_no_job(
     assert (tmp_path / "cancelled").read_text() == "5\n" and list((tmp_path / "run/snapshots").iterdir()) == []
 
 
+def test_interrupted_it_takes_back_what_is_submitted(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    fake(tmp_path / "bin", "sbatch", "[[ $* == *afterany* ]] && kill -INT $PPID && sleep 1; echo 5")
+    fake(tmp_path / "bin", "scancel", f'echo "$@" >>{tmp_path}/cancelled; echo "no contact" >&2; exit 1')
+    path = jobs.write_config(tmp_path, shards, parallel={"tensor_model_parallel_size": 1})
+    assert main(["submit", str(path), "--nodes", "1", "--cluster", "cpu", "--chain", "2"]) == 130
+    assert (tmp_path / "cancelled").read_text() == "5\n" and list((tmp_path / "run/snapshots").iterdir()) == []
+    assert "job 5 is still in the queue, where it will fail: scancel: no contact" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["snapshots", "logs", ""])
+def test_a_run_directory_that_cannot_be_written(
+    name: str, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake(tmp_path / "bin", "sbatch", "echo 5")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    path = jobs.write_config(tmp_path, shards, parallel={"tensor_model_parallel_size": 1})
+    file = tmp_path / "run" / name
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    assert main(["submit", str(path), "--nodes", "1", "--cluster", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"vlmr1: error: {file}")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: str, target: str, **rest: Any) -> None:
+        raise shutil.Error([(source, target, "[Errno 28] No space left on device: 'a'"), (source, target, "more")])
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(OSError, match=f"^{tmp_path}/0: .Errno 28. No space left on device: 'a'$"):
+        snapshot.write(tmp_path / "0", "", "", {})
+
+
 def test_slurm_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    for call in (lambda: slurm.sbatch(tmp_path), lambda: slurm.job_state("1"), lambda: slurm.cancel("1")):
+    for call in (
+        slurm.check_installed,
+        lambda: slurm.sbatch(tmp_path),
+        lambda: slurm.job_state("1"),
+        lambda: slurm.cancel("1"),
+    ):
         with pytest.raises(ValueError, match="not found; this must run where SLURM's commands are"):
             call()
 
@@ -351,6 +392,13 @@ def test_without_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.delenv("VLMR1_CLUSTER", raising=False)
     assert main(["submit", "configs/rec.yaml", "--nodes", "1"]) == 2
     assert "say --cluster NAME|FILE, or set VLMR1_CLUSTER" in capsys.readouterr().err
+
+
+def test_lines_of_setup_may_use_variables_that_are_not_set(tmp_path: Path) -> None:
+    text = script(request(tmp_path, {"setup": ["echo on $NOWHERE_SET"]}))
+    body = text[: text.index("# Environment")] + 'echo "$RUN_DIR"'
+    done = subprocess.run(["bash", "-c", body], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == (f"on\n{tmp_path}/run\n", "")
 
 
 def test_a_script_of_a_request(tmp_path: Path) -> None:

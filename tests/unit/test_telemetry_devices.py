@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from megatron_vlmr1.telemetry import host, nvml
+from megatron_vlmr1.telemetry import host, lines, nvml
+from megatron_vlmr1.telemetry import sampler as sampler_module
 from megatron_vlmr1.telemetry.progress import here
 from megatron_vlmr1.telemetry.sampler import Sampler, node_file
 from tests.fake_nvml import FakeNvml
@@ -74,6 +77,15 @@ def test_health(monkeypatch, gpu, sick) -> None:
     expected = nvml.Health(1, "GPU-1", **{**well, **sick})
     assert nvml.read_health() == [nvml.Health(0, "GPU-0", **well), expected]
     assert nvml.read_health("GPU-1") == [expected]
+
+
+def test_a_slowdown_of_a_moment_is_none(monkeypatch) -> None:
+    fake = use(monkeypatch, {})
+    monkeypatch.setattr(nvml, "_LOOK_S", 0.0)
+    for said, lasting in (([8, 0], ()), ([0x48, 0x40, 0x48], ("hardware thermal slowdown",))):
+        left = iter(said)
+        monkeypatch.setattr(fake, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda gpu, left=left: next(left))
+        assert nvml.read_health()[0].throttled == lasting
 
 
 def test_health_of_a_gpu_that_fell_off_the_bus(monkeypatch) -> None:
@@ -143,3 +155,48 @@ def test_a_step_without_a_sample_repeats_the_last_one(monkeypatch, tmp_path: Pat
     sampler._period_s = 1e6  # from here on as with a thread that has not come round
     metrics = sampler.step_metrics(sampler.take())
     assert metrics["gpu/util"] == 40 and metrics["gpu/energy_j"] == 0
+    sampler._told["unix_s"] -= 10.1e6  # the driver hangs: what was is not what is
+    assert sampler.step_metrics(sampler.take()) == {}
+
+
+def test_the_first_utilisation_is_one_in_a_thread_too(tmp_path: Path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval=None: asked.append(interval) or 50.0)
+    reader = host.HostReader(tmp_path)
+    reader.read(), reader.read()
+    assert asked == [0.1, None]  # without an interval psutil's first answer in a thread is 0
+
+
+def test_no_failure_to_read_ends_the_samples(monkeypatch, tmp_path: Path) -> None:
+    ends = iter([AttributeError("NVML_FI_DEV_PCIE_COUNT_TX_BYTES"), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "")])
+
+    def read() -> list[dict[str, float]]:
+        if (error := next(ends, None)) is not None:
+            raise error
+        return []
+
+    monkeypatch.setattr(nvml, "read_devices", read)
+    sampler = Sampler(tmp_path, "n", 0.01)
+    until = time.monotonic() + 20
+    while not (samples := sampler.take()) and time.monotonic() < until:
+        time.sleep(0.01)
+    sampler.close()
+    assert samples and samples[0]["gpus"] == []
+
+
+def test_leaving_does_not_wait_for_a_disk_that_hangs(monkeypatch, tmp_path: Path) -> None:
+    hangs, begun = threading.Event(), threading.Event()
+
+    def append(path: Path, data: bytes) -> None:
+        begun.set()
+        hangs.wait(20)
+
+    monkeypatch.setattr(lines, "append_whole", append)
+    monkeypatch.setattr(sampler_module, "_LEAVE_S", 0.01)
+    sampler = Sampler(tmp_path, "n", 1e6)
+    assert begun.wait(20)
+    sampler.close()
+    assert not hangs.is_set() and sampler._lines.unwritten == 1
+    hangs.set()
+    sampler._thread.join(20)
+    assert sampler._lines.unwritten == 0

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import re
 import socket
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 
+from megatron_vlmr1.launch.health import port_problem
+from megatron_vlmr1.telemetry import prometheus
 from megatron_vlmr1.telemetry.metrics import MetricsWriter
 from megatron_vlmr1.telemetry.prometheus import CONTENT_TYPE, PrometheusEndpoint, exposition
 
@@ -64,6 +67,25 @@ def test_the_last_step_is_served(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"{url}/metrics")
+
+
+def test_a_client_that_has_gone_is_no_news_and_no_name_server_is_asked(monkeypatch, caplog, capfd) -> None:
+    monkeypatch.setattr(socket, "getfqdn", lambda host="": pytest.fail("asked for a name"))
+    left = threading.Event()
+    monkeypatch.setattr(prometheus._Server, "shutdown_request", lambda *_: left.set())  # the end of a request
+    monkeypatch.setattr(PrometheusEndpoint, "read", lambda self: 1 / 0)  # as a connection that is reset
+    endpoint = PrometheusEndpoint("127.0.0.1", 0, "mine")
+    with socket.create_connection(("127.0.0.1", endpoint.port)) as client:
+        client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert left.wait(20)
+    endpoint.close()
+    assert capfd.readouterr().err == "" and "Traceback" not in caplog.text
+
+
+def test_a_host_that_is_no_name_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    assert PrometheusEndpoint("ä..b", 0, "mine").port is None
+    assert "nothing is served at ä..b" in caplog.text
+    assert port_problem("ä..b", 9400).startswith("telemetry.prometheus_port=9400 cannot be had at ä..b: ")
 
 
 def test_a_port_that_is_taken_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -134,6 +134,12 @@ CASES = {
     "100m_dp2": Case(HUNDRED_MILLION, 2, {"train": MICRO}, SHORT),
     "100m_tp2_pp2": Case(HUNDRED_MILLION, 4, {"parallel": layout(tp=2, pp=2), "train": MICRO}, SHORT),
     "100m_long": Case(HUNDRED_MILLION, 1, {"train": {"micro_batch_tokens": 1300}}, LONG),
+    "100m_tied_pp2_full": Case(
+        {**HUNDRED_MILLION, "tied": True},
+        2,
+        {"recompute": {"granularity": "full"}, "parallel": layout(pp=2), "train": SINGLE},
+        SHORT,
+    ),
     "100m_bf16_full": Case(
         HUNDRED_MILLION,
         2,

@@ -105,7 +105,9 @@ class _Step:
         self.host: dict[str, int] = {}
         shape = read_shape(directory)
         banned = [*range(BANNED_BELOW), shape.image_token_id, shape.video_token_id, shape.vision_start_token_id]
-        self.policy = Policy(shape, mesh, device.DTYPES[cfg.precision], banned, cfg.model.freeze_vision, cfg.recompute)
+        self.policy = Policy(
+            shape, mesh, device.DTYPES[cfg.precision.dtype], banned, cfg.model.freeze_vision, cfg.recompute
+        )
         with torch.no_grad():
             for name, parameter in (pair for chunk in self.policy.chunks for pair in chunk.named_parameters()):
                 parameter.normal_(1.0 if "norm" in name or "ln_q" in name else 0.0, STD)

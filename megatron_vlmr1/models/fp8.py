@@ -1,0 +1,112 @@
+"""What FP8 asks of layouts, micro-batches and machines. No torch: launchers and plans ask.
+
+Transformer Engine multiplies FP8 matrices only if rows are a multiple of 8 and columns of 16 (its
+`assert_dim_for_fp8_exec`). Forward, both gradients and their transposes have each side of a weight, and the tokens, as
+columns once, so all of them are multiples of 16, as megatron-core's `get_fp8_align_size` has it. Blocks of 128 need not
+be full: the last one of a side covers what is left (`Float8BlockQuantizer.get_scale_shape` rounds up, and Transformer
+Engine's own tests multiply 320 x 64 by 64 x 336 in blocks).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Final
+
+from megatron_vlmr1.config import Config, ParallelConfig
+from megatron_vlmr1.config.rules import FP8_MULTIPLE, token_multiple
+from megatron_vlmr1.models.shape import TextShape, padded
+
+BLOCK = 128  # numbers that share a scale in `blockwise`, along each side of a weight
+CAPABILITY: Final = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
+"""Least compute capability of each recipe (Transformer Engine's `check_fp8_support` and its block-scaling twin)."""
+
+CUDA: Final = {"delayed": (12, 1), "tensorwise": (12, 1), "blockwise": (12, 9)}
+"""Least version of CUDA, from the same places."""
+
+
+def check_installed(cfg: Config) -> None:
+    """Refuse what needs Transformer Engine where it is not installed; it is looked for, never imported.
+
+    Raises:
+        ValueError: one line that says what to install.
+    """
+    fp8 = cfg.precision.fp8
+    if (fp8 == "none" and cfg.model.spec != "te") or importlib.util.find_spec("transformer_engine") is not None:
+        return
+    asked = f"precision.fp8={fp8}" if fp8 != "none" else "model.spec=te"
+    raise ValueError(
+        f"{asked} needs Transformer Engine, which is not installed: on a machine with CUDA, "
+        "pip install --no-build-isolation 'megatron-vlmr1[cuda]'"
+    )
+
+
+def check(cfg: Config, text: TextShape) -> None:
+    """Refuse FP8 where matrices of a rank, micro-batches or layers do not fit it.
+
+    Raises:
+        ValueError: one line that names the key, and what fits.
+    """
+    fp8, parallel = cfg.precision.fp8, cfg.parallel
+    if fp8 == "none":
+        return
+    tp = parallel.tensor_model_parallel_size
+    if problem := misfit(text, tp):
+        fitting = ", ".join(str(size) for size in tensor_sizes(text) if not misfit(text, size))
+        raise ValueError(
+            f"precision.fp8={fp8} at parallel.tensor_model_parallel_size={tp}: {problem}; tensor-parallel sizes that "
+            f"fit: {fitting or 'none'}"
+        )
+    multiple = token_multiple(cfg.precision, parallel)
+    if cfg.train.micro_batch_tokens < multiple:
+        raise ValueError(
+            f"train.micro_batch_tokens={cfg.train.micro_batch_tokens} is too small: precision.fp8={fp8} pads "
+            f"micro-batches to multiples of {multiple} tokens"
+        )
+    most = text.num_layers // parallel.pipeline_model_parallel_size
+    for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if getattr(cfg.precision, key) > most:
+            raise ValueError(
+                f"precision.{key}={getattr(cfg.precision, key)} is more than megatron-core takes: at most the {most} "
+                "layers of a pipeline stage"
+            )
+
+
+def matrices(text: TextShape, tp: int) -> dict[str, tuple[int, int]]:
+    """Return (rows, columns) of each weight of a layer that is multiplied in FP8, on one tensor-parallel rank."""
+    ffn = padded(text.ffn_hidden_size, tp) // tp
+    heads = text.num_heads * text.head_dim
+    return {
+        "self_attention.linear_qkv": ((heads + 2 * text.num_kv_heads * text.head_dim) // tp, text.hidden_size),
+        "self_attention.linear_proj": (text.hidden_size, heads // tp),
+        "mlp.linear_fc1": (2 * ffn, text.hidden_size),
+        "mlp.linear_fc2": (text.hidden_size, ffn),
+    }
+
+
+def misfit(text: TextShape, tp: int) -> str:
+    """Return which weight of a rank cannot be multiplied in FP8, whatever the recipe; "" for none."""
+    for name, (rows, columns) in matrices(text, tp).items():
+        if rows % FP8_MULTIPLE or columns % FP8_MULTIPLE:
+            return (
+                f"{name}.weight is {rows} x {columns} on a rank, but Transformer Engine takes sides that are "
+                f"multiples of {FP8_MULTIPLE}"
+            )
+    return ""
+
+
+def ragged(text: TextShape, tp: int) -> list[str]:
+    """Return the weights of a rank whose last blocks of `blockwise` are not full; they are multiplied all the same."""
+    return [name for name, sides in matrices(text, tp).items() if any(side % BLOCK for side in sides)]
+
+
+def tensor_sizes(text: TextShape) -> list[int]:
+    """Return the tensor-parallel sizes that the model can be cut into, FP8 aside."""
+    return [tp for tp in range(1, text.num_heads + 1) if _can_be_cut(text, tp)]
+
+
+def _can_be_cut(text: TextShape, tp: int) -> bool:
+    try:
+        text.check_layout(ParallelConfig(tensor_model_parallel_size=tp))
+    except ValueError:
+        return False
+    return True
