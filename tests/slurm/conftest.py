@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,13 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneMachine]:
             yield slurm
         finally:
             slurm.stop()
+
+
+@pytest.fixture(autouse=True)
+def _no_job_is_left(machine: OneMachine) -> Iterator[None]:
+    """A test that fails leaves its jobs to nobody."""
+    yield
+    subprocess.run(["scancel", "--user=root"], capture_output=True, check=False, timeout=60)
 
 
 @pytest.fixture(scope="session")

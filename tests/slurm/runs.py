@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +96,20 @@ class Submitted:
     def pids(self, number: int) -> dict[int, int]:
         """Process ids of an attempt's ranks."""
         return {record.rank: record.pid for record in heartbeat.read_all(self.attempt(number))}
+
+    @contextmanager
+    def stopped(self) -> Iterator[list[int]]:
+        """Stop the ranks of the first attempt once it has done a step, and let them go on afterwards."""
+        self.until(lambda: self.steps() >= 1, "a step")
+        pids = list(self.pids(0).values())
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield pids
+        finally:
+            for pid in pids:
+                with suppress(ProcessLookupError):  # SLURM has let it go on, and it has left
+                    os.kill(pid, signal.SIGCONT)
 
     def until(self, happened: Callable[[], Any], what: str, within_s: float = WAIT_S) -> float:
         """Wait for something; return how long it took."""

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-from contextlib import suppress
 
 import pytest
 
@@ -31,8 +30,9 @@ def test_a_run_on_two_nodes_to_its_end(runs: Runs) -> None:
 
 def test_preempted_it_saves_is_requeued_and_ends_as_if_nothing_had_been(runs: Runs) -> None:
     run = runs.submit("preempted")
-    run.until(lambda: run.steps() >= 1, "a step")
-    subprocess.run(["scancel", "--signal=USR1", run.jobs[0]], check=True)
+    with run.stopped() as pids:  # or the run might be over before SLURM passes the signal on
+        subprocess.run(["scancel", "--signal=USR1", run.jobs[0]], check=True)
+        run.until(lambda: all(pending(pid, signal.SIGUSR1) for pid in pids), "the signal")
     assert run.end() == "COMPLETED", run.log
     assert run.outcome(0)["code"] == 85 and "SIGUSR1" in run.outcome(0)["reason"]
     assert 1 <= run.outcome(0)["step"] < STEPS
@@ -43,15 +43,9 @@ def test_preempted_it_saves_is_requeued_and_ends_as_if_nothing_had_been(runs: Ru
 
 def test_before_its_time_limit_the_same(runs: Runs) -> None:
     run = runs.submit("limited", signal_s=540, time="60")  # 9 minutes before the end, which comes nearer below
-    run.until(lambda: run.steps() >= 1, "a step")
-    pids = run.pids(0)
-    for pid in pids.values():  # or the run would be over before SLURM looks, every half minute
-        os.kill(pid, signal.SIGSTOP)
-    scontrol("update", f"JobId={run.jobs[0]}", "TimeLimit=9")
-    run.until(lambda: any(pending(pid, signal.SIGUSR1) for pid in pids.values()), "SLURM's signal", 55)
-    for pid in pids.values():
-        with suppress(ProcessLookupError):  # SLURM has let it go on, and it has left
-            os.kill(pid, signal.SIGCONT)
+    with run.stopped() as pids:  # or the run would be over before SLURM looks, every half minute
+        scontrol("update", f"JobId={run.jobs[0]}", "TimeLimit=9")
+        run.until(lambda: any(pending(pid, signal.SIGUSR1) for pid in pids), "SLURM's signal")
     run.until(lambda: run.state() == "PENDING", "requeueing")
     scontrol("update", f"JobId={run.jobs[0]}", "TimeLimit=60")
     assert run.end() == "COMPLETED", run.log
