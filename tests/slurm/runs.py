@@ -111,6 +111,11 @@ class Submitted:
                 with suppress(ProcessLookupError):  # SLURM has let it go on, and it has left
                     os.kill(pid, signal.SIGCONT)
 
+    def preempt(self, pids: list[int]) -> None:
+        """Have SLURM send SIGUSR1 to the steps of the first job, and wait until it has come to the stopped ranks."""
+        subprocess.run(["scancel", "--signal=USR1", self.jobs[0]], check=True)
+        self.until(lambda: all(pending(pid, signal.SIGUSR1) for pid in pids), "the signal")
+
     def until(self, happened: Callable[[], Any], what: str, within_s: float = WAIT_S) -> float:
         """Wait for something; return how long it took."""
         start = time.monotonic()

@@ -153,13 +153,14 @@ def test_a_cancelled_job_stays_cancelled_although_it_saved(runs: Runs) -> None:
 
 def test_rewards_on_a_cpu_node_and_a_requeue(runs: Runs) -> None:
     run = runs.submit("apart", rewards_nodes=1, cpu_partition="cpu")
-    run.until(lambda: run.steps() >= 1, "a step")
-    services = [p for p in runs.machine.processes() if "megatron_vlmr1.rewards.server" in jobs.command_line(p)]
-    assert {p.environ()["SLURMD_NODENAME"] for p in services} == {"c1"}
-    described = subprocess.run(["scontrol", "show", "job", "-o", run.jobs[0]], capture_output=True, text=True).stdout
-    places = re.findall(r" Partition=(\w+) .* NodeList=(\S+) ", described)
-    assert places == [("ci", "n[1-2]"), ("cpu", "c1")]
-    subprocess.run(["scancel", "--signal=USR1", run.jobs[0]], check=True)
+    with run.stopped() as pids:
+        services = [p for p in runs.machine.processes() if "megatron_vlmr1.rewards.server" in jobs.command_line(p)]
+        assert {p.environ()["SLURMD_NODENAME"] for p in services} == {"c1"}
+        show = ["scontrol", "show", "job", "-o", run.jobs[0]]
+        described = subprocess.run(show, capture_output=True, text=True).stdout
+        places = re.findall(r" Partition=(\w+) .* NodeList=(\S+) ", described)
+        assert places == [("ci", "n[1-2]"), ("cpu", "c1")]
+        run.preempt(pids)
     assert run.end() == "COMPLETED", run.log
     assert [run.outcome(number)["code"] for number in range(run.attempts())] == [85, 0]
     assert "serving on tcp://0.0.0.0:" in (run.attempt(1) / "rewards.log").read_text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 
 import pytest
 
@@ -31,8 +30,7 @@ def test_a_run_on_two_nodes_to_its_end(runs: Runs) -> None:
 def test_preempted_it_saves_is_requeued_and_ends_as_if_nothing_had_been(runs: Runs) -> None:
     run = runs.submit("preempted")
     with run.stopped() as pids:  # or the run might be over before SLURM passes the signal on
-        subprocess.run(["scancel", "--signal=USR1", run.jobs[0]], check=True)
-        run.until(lambda: all(pending(pid, signal.SIGUSR1) for pid in pids), "the signal")
+        run.preempt(pids)
     assert run.end() == "COMPLETED", run.log
     assert run.outcome(0)["code"] == 85 and "SIGUSR1" in run.outcome(0)["reason"]
     assert 1 <= run.outcome(0)["step"] < STEPS
