@@ -9,19 +9,26 @@ from pathlib import Path
 import psutil
 
 COUNTERS = ("disk_read_bytes", "disk_write_bytes", "net_tx_bytes", "net_rx_bytes")  # since the machine's start
-_FIRST_S = 0.1  # over which the first utilisation is measured
 _FIND_EVERY_S = 30.0  # looking for processes reads a file of every process of the node
 
 
 class HostReader:
     """Reads the host of this process again and again; from one thread."""
 
-    def __init__(self, directory: Path) -> None:
-        """`directory` is on the disk whose free space counts."""
+    def __init__(self, directory: Path, first_s: float) -> None:
+        """Make a reader.
+
+        Args:
+            directory: on the disk whose free space counts.
+            first_s: the first utilisation is measured over so many seconds, in which `read` waits; 0 measures it from
+                now on, for a reader that is read by the thread that makes it: psutil counts for each thread.
+        """
+        if not first_s:
+            psutil.cpu_percent(None)
         self._directory = directory
         self._own: list[psutil.Process] = []
         self._looked = float("-inf")
-        self._first_s: float | None = _FIRST_S
+        self._first_s: float | None = first_s or None
 
     def read(self) -> dict[str, float]:
         """Return cpu_util (percent of all cores since the last call), mem_bytes (in use on the host), rss_bytes (of
@@ -31,7 +38,7 @@ class HostReader:
         What this machine does not tell is left out.
         """
         memory = psutil.virtual_memory()
-        first_s, self._first_s = self._first_s, None  # psutil counts for each thread: here, not where this was made
+        first_s, self._first_s = self._first_s, None
         readings = {
             "cpu_util": float(psutil.cpu_percent(first_s)),
             "mem_bytes": float(memory.total - memory.available),

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _KEPT = 10_000  # samples of one step
 _STALE = 10  # periods after which the last sample tells nothing of now
+_FIRST_S = 0.1  # that the thread waits to measure its first utilisation; a step would wait for nothing
 _LEAVE_S = 2.0  # for the thread to finish a reading
 
 Sample = dict[str, Any]
@@ -46,7 +47,7 @@ class Sampler:
     def __init__(self, run_dir: Path, node: str, period_s: float) -> None:
         self._lines = LineFile(node_file(run_dir, node))
         self._period_s = period_s
-        self._host = host.HostReader(run_dir)
+        self._host = host.HostReader(run_dir, _FIRST_S if period_s else 0.0)
         self._fresh: deque[Sample] = deque(maxlen=_KEPT)
         self._last: Sample | None = None  # from which rates and energy count
         self._told: Sample | None = None  # the last one of the step before

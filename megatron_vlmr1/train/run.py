@@ -85,11 +85,7 @@ class Run:
         self.optimizer = parallel_optimizer.build(cfg.optimizer, ddp)
         self.updater = Updater(self.actor.policy, self.optimizer, cfg)
         progress = self.checkpoints.restore(self.actor, self.optimizer, resumed) if resumed else {}
-        if progress.get("data_sha256", self.shards.digest()) != self.shards.digest():
-            raise ValueError(
-                f"{', '.join(path for path, _ in cfg.data.sources)}: not the data that {self.run_dir} was started "
-                "with; use another run_dir"
-            )
+        self._check_same_data(progress)
         self.weights_sha256 = self._pinned_weights(source, progress)
         self.step = int(progress.get("step", cfg.debug.first_step))
         self.updater.bad_steps = int(progress.get("bad_steps", 0))
@@ -315,6 +311,13 @@ class Run:
         if problem := distributed.broadcast_text(problem):
             raise ValueError(problem)
         return dict(json.loads(distributed.broadcast_text(json.dumps(pinned))))
+
+    def _check_same_data(self, progress: dict[str, Any]) -> None:
+        if progress.get("data_sha256", self.shards.digest()) != self.shards.digest():
+            raise ValueError(
+                f"{', '.join(path for path, _ in self.cfg.data.sources)}: not the data that {self.run_dir} was started "
+                "with; use another run_dir"
+            )
 
     def _first_position(self) -> int:
         """Return where in the data `debug.first_step` begins; 0 for step 0."""

@@ -162,9 +162,12 @@ def test_a_step_without_a_sample_repeats_the_last_one(monkeypatch, tmp_path: Pat
 def test_the_first_utilisation_is_one_in_a_thread_too(tmp_path: Path, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval=None: asked.append(interval) or 50.0)
-    reader = host.HostReader(tmp_path)
+    reader = host.HostReader(tmp_path, 0.1)
     reader.read(), reader.read()
     assert asked == [0.1, None]  # without an interval psutil's first answer in a thread is 0
+    asked.clear()
+    host.HostReader(tmp_path, 0).read()
+    assert asked == [None, None]  # the first one when it is made: a step does not wait
 
 
 def test_no_failure_to_read_ends_the_samples(monkeypatch, tmp_path: Path) -> None:

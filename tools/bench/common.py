@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 MIN_PAIRS = 5
 CORES = len(os.sched_getaffinity(0))  # that this process may use; asked before threads are bound to some of them
+RESULT = "found.json"  # what rank 0 of a benchmark of ranks writes
 _PACKAGES = ("torch", "megatron-core", "transformers", "trl")
 
 
@@ -82,6 +84,23 @@ def alternate(
         pairs.append((a, b))
         note(f"pair {i + 1} of {count}: ours {a:.4g}, peer {b:.4g}")
     return pairs
+
+
+def by_ranks(script: str, ranks: int, words: Sequence[str]) -> Any:
+    """Run a benchmark's own `script` as ranks with a thread each, and return what its rank 0 wrote as JSON.
+
+    The ranks are told ``--rank-of FOLDER`` and `words`, and rank 0 writes ``FOLDER/RESULT``.
+
+    Raises:
+        SystemExit: a rank failed.
+    """
+    from megatron_vlmr1.launch.local import run_ranks
+
+    with tempfile.TemporaryDirectory() as name:
+        command = [sys.executable, script, "--rank-of", name, *words]
+        if code := run_ranks(ranks, command, Path(name) / "logs", {"OMP_NUM_THREADS": "1"}):
+            raise SystemExit(f"a rank left with exit code {code}")
+        return json.loads((Path(name) / RESULT).read_bytes())
 
 
 def case(name: str, pairs: Sequence[tuple[float, float]], unit: str, setting: str, more_is_better: bool) -> Case:

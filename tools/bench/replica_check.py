@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,6 @@ from tools.bench import common
 CASES = ("step", "checksum")
 RANKS, STEPS = 2, 5
 MEGABYTES = 64
-_RESULT = "replica_check.json"
 
 
 def main() -> None:
@@ -41,13 +39,7 @@ def main() -> None:
 
 def steps(args: Any) -> common.Case:
     """Time steps with and without, in the same processes by turns."""
-    from megatron_vlmr1.launch.local import run_ranks
-
-    with tempfile.TemporaryDirectory() as name:
-        command = [sys.executable, __file__, "--rank-of", name, "--pairs", str(args.pairs)]
-        if code := run_ranks(RANKS, command, Path(name) / "logs", {"OMP_NUM_THREADS": "1"}):
-            raise SystemExit(f"a rank left with exit code {code}")
-        found = json.loads((Path(name) / _RESULT).read_bytes())
+    found = common.by_ranks(__file__, RANKS, ["--pairs", str(args.pairs)])
     setting = (
         f"update of 8 prompts x 8 completions of 64 tokens on average, {found['parameters']:,} parameters, fp32, "
         f"{RANKS} data-parallel ranks x 1 thread; ours with two checks a step, peer without"
@@ -73,7 +65,7 @@ def be_a_rank(folder: Path, pairs: int) -> None:
         found = common.alternate(*sides, pairs)
         if mesh.rank == 0:
             count = sum(p.numel() for p in trained.updater.policy.parameters())
-            (folder / _RESULT).write_text(json.dumps({"pairs": found, "parameters": count}))
+            (folder / common.RESULT).write_text(json.dumps({"pairs": found, "parameters": count}))
 
 
 def timed(trained: Any, groups: Any, every: int) -> Callable[[], float]:

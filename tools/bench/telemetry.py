@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import threading
 import time
 import urllib.request
@@ -31,7 +30,6 @@ from tools.bench import common
 CASES = ("step", "cpu")
 RANKS, STEPS = 2, 5
 SAMPLE_S = 1.0
-_RESULT = "telemetry.json"
 
 
 def main() -> None:
@@ -48,13 +46,7 @@ def main() -> None:
 
 def measure(args: Any) -> list[common.Case]:
     """Let two ranks take turns, and return the figures."""
-    from megatron_vlmr1.launch.local import run_ranks
-
-    with tempfile.TemporaryDirectory() as name:
-        words = ["--rank-of", name, "--pairs", str(args.pairs), "--steps", str(args.steps)]
-        if code := run_ranks(RANKS, [sys.executable, __file__, *words], Path(name) / "logs", {"OMP_NUM_THREADS": "1"}):
-            raise SystemExit(f"a rank left with exit code {code}")
-        found = json.loads((Path(name) / _RESULT).read_bytes())
+    found = common.by_ranks(__file__, RANKS, ["--pairs", str(args.pairs), "--steps", str(args.steps)])
     setting = (
         f"update of 8 prompts x 8 completions of 64 tokens on average, {RANKS} data-parallel ranks x 1 thread, blocks "
         f"of {args.steps} steps; ours sampled every {SAMPLE_S:g} s, scraped every second, one step of a block traced; "
@@ -94,7 +86,7 @@ def be_a_rank(folder: Path, pairs: int, steps: int) -> None:
         found = common.alternate(*sides, pairs)
         if mesh.rank == 0:
             cpu = list(zip(spent[0][1:], spent[1][1:], strict=True))  # without the turns that warm up
-            (folder / _RESULT).write_text(json.dumps({"step": found, "cpu": cpu}))
+            (folder / common.RESULT).write_text(json.dumps({"step": found, "cpu": cpu}))
 
 
 def blocks(
