@@ -1,7 +1,7 @@
 """Every setting: `settings` holds them with their meanings and defaults, `files` reads and writes them."""
 
 from megatron_vlmr1.config.data import DataConfig, SourceConfig
-from megatron_vlmr1.config.files import dump, load, load_section, merged, parse, parse_saved, parse_section
+from megatron_vlmr1.config.files import dump, flat, load, load_section, merged, parse, parse_saved, parse_section
 from megatron_vlmr1.config.precision import PrecisionConfig
 from megatron_vlmr1.config.settings import (
     Config,
@@ -39,6 +39,7 @@ __all__ = [
     "TrainConfig",
     "decoding_layout",
     "dump",
+    "flat",
     "load",
     "load_section",
     "merged",

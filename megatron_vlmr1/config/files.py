@@ -125,6 +125,18 @@ def dump(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Return every setting by its dotted name."""
+    return _flat(config.model_dump(mode="json"), "")
+
+
+def _flat(nested: dict[str, Any], prefix: str) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in nested.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
 def _explain(root: type[Section], loc: tuple[int | str, ...], kind: str, message: str) -> str:
     loc = tuple(part for part in loc if part not in (ONE_SET, MIXTURE))
     key = ".".join(str(part) for part in loc)

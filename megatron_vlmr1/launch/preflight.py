@@ -24,7 +24,7 @@ from megatron_vlmr1.errors import REQUEUE, RunStopped
 from megatron_vlmr1.launch.preflight_network import WRONG, Pair, between_nodes, in_nodes
 from megatron_vlmr1.launch.preflight_node import RankFacts, facts
 from megatron_vlmr1.launch.preflight_verdict import Node, Verdict, any_slow, verdict
-from megatron_vlmr1.runtime import clocks, distributed
+from megatron_vlmr1.runtime import attempts, clocks, distributed
 from megatron_vlmr1.runtime.ranks import leads_node
 from megatron_vlmr1.telemetry.files import json_line, write_or_warn
 
@@ -217,9 +217,7 @@ def _is_slurm_job(environment: Mapping[str, str]) -> bool:
 
 def _in_a_row(log_dir: Path) -> int:
     """Return how many attempts up to this one found bad nodes."""
-    number = log_dir.name.removeprefix("attempt_")
-    last = int(number) if number.isdecimal() else 0
-    count = 1
+    last, count = attempts.number(log_dir), 1
     while count <= last and (log_dir.with_name(f"attempt_{last - count}") / BAD_NODES).is_file():
         count += 1
     return count

@@ -15,14 +15,11 @@ from typing import Any, Protocol
 
 from megatron_vlmr1 import config, errors
 from megatron_vlmr1.config import Config
-from megatron_vlmr1.plan.study import Cell
+from megatron_vlmr1.plan.study import CELLS, DONE, FAILED, REFUSED, RUNNING, WAITING, Cell
 from megatron_vlmr1.runtime import attempts
 from megatron_vlmr1.telemetry.files import json_line, readable_text, write_atomic
 from megatron_vlmr1.telemetry.metrics import read_metrics
 from megatron_vlmr1.train.check import check_data, check_inputs
-
-CELLS = "cells.json"
-WAITING, RUNNING, DONE, FAILED, REFUSED = "waiting", "running", "done", "failed", "refused"
 
 
 class Jobs(Protocol):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from megatron_vlmr1 import config
 from megatron_vlmr1.config import Config, ParallelConfig, RecomputeConfig
 from megatron_vlmr1.models.shape import TextShape, padded
 from megatron_vlmr1.plan.shapes import PlanShape
@@ -51,7 +52,7 @@ class Setting:
 
     def overrides(self, cfg: Config) -> list[str]:
         """Return the settings that differ from the config's, as a command line takes them."""
-        before, after = _flat(cfg.model_dump(mode="json")), _flat(self.of(cfg).model_dump(mode="json"))
+        before, after = config.flat(cfg), config.flat(self.of(cfg))
         return [f"{key}={_word(value)}" for key, value in after.items() if before.get(key) != value]
 
 
@@ -114,13 +115,6 @@ def lanes(cfg: Config, copies: int) -> int:
 
 def _divisors(n: int, most: int) -> list[int]:
     return [d for d in range(1, min(n, most) + 1) if n % d == 0]
-
-
-def _flat(raw: dict[str, object], prefix: str = "") -> dict[str, object]:
-    out: dict[str, object] = {}
-    for key, value in raw.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
 
 
 def _word(value: object) -> str:

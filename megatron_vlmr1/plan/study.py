@@ -15,6 +15,9 @@ from megatron_vlmr1 import config
 from megatron_vlmr1.config import Config
 from megatron_vlmr1.config.section import NonNegativeInt, PositiveInt, Section
 
+CELLS = "cells.json"  # of a study's directory: what became of each cell
+WAITING, RUNNING, DONE, FAILED, REFUSED = "waiting", "running", "done", "failed", "refused"
+
 Scaling = Literal["strong", "weak"]
 Overrides = dict[str, Any]
 _LABEL = re.compile(r"[A-Za-z0-9][\w.+]*", re.ASCII)  # a part of a directory's name

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vlmr1.plan.study import DONE
 from megatron_vlmr1.report import scaling_plots
 from megatron_vlmr1.report.numbers import short
 from megatron_vlmr1.report.scaling_rows import KINDS, Row
@@ -32,7 +33,7 @@ def write(out: Path, found: Sequence[Row]) -> Path:
 
 
 def _not_done(found: Sequence[Row]) -> list[Row]:
-    return [row for row in found if row.state != "done"]
+    return [row for row in found if row.state != DONE]
 
 
 def csv_table(found: Sequence[Row]) -> str:

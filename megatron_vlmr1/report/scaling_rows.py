@@ -14,11 +14,11 @@ from megatron_vlmr1 import config
 from megatron_vlmr1.plan.fit import observe, predicted
 from megatron_vlmr1.plan.hardware import Hardware
 from megatron_vlmr1.plan.memory import rank_memory
+from megatron_vlmr1.plan.study import CELLS, DONE
 from megatron_vlmr1.telemetry.metrics import MetricRows, read_metrics
 
 log = logging.getLogger(__name__)
 
-CELLS = "cells.json"
 KINDS = ("strong", "weak")
 
 
@@ -102,7 +102,7 @@ def _row(cell: Mapping[str, Any], runs: Path, warmup: int, hardware: Hardware) -
     measured = [values for step, values in metrics if step >= warmup]
     if measured:
         _measure(row, metrics, measured)
-    if row.state == "done":
+    if row.state == DONE:
         _predict(row, run_dir, hardware)
     return row
 
@@ -162,7 +162,7 @@ def _compare(row: Row, every: Sequence[Row]) -> None:
     weak scaling.
     """
     for kind in row.scaling:
-        curve = [r for r in every if kind in r.scaling and r.point == row.point and r.state == "done"]
+        curve = [r for r in every if kind in r.scaling and r.point == row.point and r.state == DONE]
         base = min(curve, key=lambda r: r.nodes, default=None)
-        if row.state == "done" and base is not None and row.prompts_per_s and base.prompts_per_s:
+        if row.state == DONE and base is not None and row.prompts_per_s and base.prompts_per_s:
             row.efficiency[kind] = row.prompts_per_s / row.ranks / (base.prompts_per_s / base.ranks)

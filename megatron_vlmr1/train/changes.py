@@ -72,7 +72,7 @@ def check_config(cfg: Config, saved: dict[str, Any], allow: bool = False) -> lis
     started, left_out = config.parse_saved(saved, f"{cfg.run_dir}: its config")
     if left_out:
         logger.warning("%s was started with keys that are not known here: %s", cfg.run_dir, ", ".join(left_out))
-    before, now = _flat(started.model_dump(mode="json")), _flat(cfg.model_dump(mode="json"))
+    before, now = config.flat(started), config.flat(cfg)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     changed = [key for key in changed if not _is_free(key, cfg)]
     lines = {key: f"{key}={before.get(key)}, not {now.get(key)}" for key in changed}
@@ -93,10 +93,3 @@ def _is_free(key: str, cfg: Config) -> bool:
     if key == "train.steps":  # a decaying learning rate depends on it
         return cfg.optimizer.decay == "constant"
     return key.startswith(_FREE_SECTIONS) or key in _FREE_KEYS
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in nested.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
