@@ -3,12 +3,15 @@
 Tokens of many sequences lie one after another in one row. A `Segment` says which queries see which keys, so a group
 is packed as its prompt once and then its completions, each of which sees the prompt's keys and its own. The plan of a
 micro-batch is made once and used by every layer. Generation passes a key/value cache in place of the plan.
+
+On a GPU in half precision a plan goes through `models.flash`; on CPUs, and in fp32, through padded batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_vlmr1.models.flash import FlashPlan, TorchFlash
+from megatron_vlmr1.models.rows import Rows, rows, take
 from megatron_vlmr1.models.segments import Segment, alike
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.types import IntArray
@@ -27,9 +32,6 @@ class Attend(Protocol):
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Map q [T, H, D], k and v [T, Hkv, D] to [T, H, D]. `layer` counts from 1."""
         ...
-
-
-Rows = slice | torch.Tensor  # of a packed row: one after another, which needs no copy, or their numbers
 
 
 @dataclass(frozen=True)
@@ -45,40 +47,48 @@ class _Bucket:
 
 
 class AttentionPlan:
-    """Which keys each query of a packed row sees, as a few padded batches."""
+    """Which keys each query of a packed row sees. What a device and a type need is made when they first attend."""
 
     def __init__(self, segments: Sequence[Segment], causal: bool = True) -> None:
-        made = [_bucket(members, causal) for members in alike(segments)]
-        self._buckets = [bucket for bucket, _ in made]
-        order = np.concatenate([tokens for _, tokens in made]) if made else np.zeros(0, dtype=np.int64)
-        self._inverse = _rows(np.argsort(order))
+        self._segments, self._causal = tuple(segments), causal
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `Attend`; every token must lie in exactly one segment."""
-        if not self._buckets:
+        return self._flash.attend(q, k, v) if TorchFlash.takes(q) else self._padded.attend(q, k, v)
+
+    @cached_property
+    def _flash(self) -> FlashPlan:
+        return FlashPlan(self._segments, self._causal, TorchFlash())
+
+    @cached_property
+    def _padded(self) -> PaddedPlan:
+        return PaddedPlan(self._segments, self._causal)
+
+
+class PaddedPlan:
+    """The same as a few padded batches."""
+
+    def __init__(self, segments: Sequence[Segment], causal: bool) -> None:
+        made = [_bucket(members, causal) for members in alike(segments)]
+        self.buckets = [bucket for bucket, _ in made]
+        order = np.concatenate([tokens for _, tokens in made]) if made else np.zeros(0, dtype=np.int64)
+        self._inverse = rows(np.argsort(order))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Map q [T, H, D], k and v [T, Hkv, D] to [T, H, D]."""
+        if not self.buckets:
             return q
         outputs = []
-        for b in self._buckets:
+        for b in self.buckets:
             out = _grouped_attention(
-                _take(q, b.queries).unflatten(0, (b.batch, -1)),
-                _take(k, b.keys).unflatten(0, (b.batch, -1)),
-                _take(v, b.keys).unflatten(0, (b.batch, -1)),
+                take(q, b.queries).unflatten(0, (b.batch, -1)),
+                take(k, b.keys).unflatten(0, (b.batch, -1)),
+                take(v, b.keys).unflatten(0, (b.batch, -1)),
                 b.mask,
                 b.causal,
             ).flatten(0, 1)
             outputs.append(out if b.valid is None else out.index_select(0, b.valid))
-        return _take(torch.cat(outputs) if len(outputs) > 1 else outputs[0], self._inverse)
-
-
-def _rows(numbers: IntArray) -> Rows:
-    start = int(numbers[0]) if numbers.size else 0
-    if np.array_equal(numbers, np.arange(start, start + numbers.size)):
-        return slice(start, start + numbers.size)
-    return torch.from_numpy(numbers).to(device.device())
-
-
-def _take(x: torch.Tensor, rows: Rows) -> torch.Tensor:
-    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+        return take(torch.cat(outputs) if len(outputs) > 1 else outputs[0], self._inverse)
 
 
 def _bucket(members: list[Segment], causal: bool) -> tuple[_Bucket, IntArray]:
@@ -103,8 +113,8 @@ def _bucket(members: list[Segment], causal: bool) -> tuple[_Bucket, IntArray]:
         seen = seen | ~real[:, :, None]  # a padded query sees everything: no empty softmax
         mask = None if seen.all() else torch.from_numpy(seen[:, None].copy()).to(device.device())
     bucket = _Bucket(
-        queries=_rows(queries.reshape(-1)),
-        keys=_rows(keys.reshape(-1)),
+        queries=rows(queries.reshape(-1)),
+        keys=rows(keys.reshape(-1)),
         mask=mask,
         causal=causal and plain,
         valid=None if uniform else torch.from_numpy(np.flatnonzero(real)).to(device.device()),
@@ -113,10 +123,17 @@ def _bucket(members: list[Segment], causal: bool) -> tuple[_Bucket, IntArray]:
     return bucket, queries[real]
 
 
+def repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Give each query head its own copy of its key/value head: [..., Hkv, D] -> [..., heads, D]."""
+    return x if x.shape[-2] == heads else x.repeat_interleave(heads // x.shape[-2], dim=-2)
+
+
 def _grouped_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
 ) -> torch.Tensor:
     """Attention of q [B, Lq, H, D] over k, v [B, Lk, Hkv, D] -> [B, Lq, H, D]."""
+    if q.is_cuda:  # in fp32, of CUDA's kernels only the one that keeps all scores takes heads in groups
+        k, v = repeated(k, q.shape[2]), repeated(v, q.shape[2])
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

@@ -141,7 +141,7 @@ def largest_grid(cfg: Config, vision: VisionShape) -> Grid:
 
 
 def buckets(segments: Sequence[Segment]) -> tuple[Bucket, ...]:
-    """Return the batches that a causal `models.attention.AttentionPlan` makes of them."""
+    """Return the batches that a causal `models.attention.PaddedPlan` makes of them."""
     out = []
     for members in alike(segments):
         queries = [s.stop - s.start for s in members]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_vlmr1.models.attention import AttentionPlan
+from megatron_vlmr1.models.attention import AttentionPlan, repeated
 from megatron_vlmr1.models.segments import Segment, rung
 
 
@@ -73,3 +73,12 @@ def test_padding_costs_at_most_a_half():
 def test_no_token_at_all():
     q = torch.zeros(0, 2, 8)
     assert AttentionPlan([]).attend(1, q, q, q).shape == (0, 2, 8)
+
+
+def test_heads_in_groups_are_as_heads_repeated():
+    torch.manual_seed(0)
+    segments = lay([7, 3, 4], 2)
+    q, k, v = (torch.randn(14, heads, 8, dtype=torch.float64) for heads in (6, 2, 2))
+    expected = AttentionPlan(segments).attend(1, q, k, v)
+    assert torch.allclose(AttentionPlan(segments).attend(1, q, repeated(k, 6), repeated(v, 6)), expected, atol=1e-12)
+    assert repeated(q, 6) is q

@@ -114,11 +114,11 @@ def test_micro_batches_are_cut_as_the_update_cuts_them() -> None:
 
 def test_buckets_are_those_of_attention() -> None:
     """Rows and masks against the plan that a layer really uses, text and windows of an odd image."""
-    from megatron_vlmr1.models.attention import AttentionPlan
+    from megatron_vlmr1.models.attention import PaddedPlan
     from megatron_vlmr1.models.vision import _layout, _segments
 
     segments = [Segment(0, 9), *(Segment(9 + 5 * i, 14 + 5 * i, (0, 9)) for i in range(3)), Segment(24, 25)]
-    made = AttentionPlan(segments)._buckets
+    made = PaddedPlan(segments, causal=True).buckets
     assert [(b.batch, b.mask is not None) for b in made] == [(b.batch, b.masked) for b in buckets(segments)]
     shapes = [tuple(b.mask.shape) for b in made if b.mask is not None]
     assert shapes == [(b.batch, 1, b.queries, b.keys) for b in buckets(segments) if b.masked] == [(3, 1, 5, 14)]
@@ -127,7 +127,7 @@ def test_buckets_are_those_of_attention() -> None:
     assert TINY.vision is not None  # windows of two units a side
     grids = [(1, 10, 14), (1, 8, 8), (1, 10, 14)]
     sizes = [n for grid in grids for n in _layout(grid, 2, 2).windows.tolist()]
-    made = AttentionPlan(_segments(sizes), causal=False)._buckets
+    made = PaddedPlan(_segments(sizes), causal=False).buckets
     rows = [(b.batch, b.mask is not None) for b in made]
     assert sorted(rows) == sorted((b.batch, b.masked) for b in windows(TINY.vision, grids)) and len(rows) == 3
 
