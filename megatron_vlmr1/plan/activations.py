@@ -62,7 +62,7 @@ def attention(buckets: Sequence[Bucket], tokens: int, query: int, key: int, head
 
     Queries and keys (and copies of both and of values, where a batch is not a slice of the row), the mask in the type
     of activations (`convert_boolean_attn_mask`), the output and the log-sum-exp of every row. No scores: the fused
-    kernels of CPUs and GPUs compute them again.
+    kernels of CPUs and GPUs compute them again. `models.flash` keeps just so much of one bucket (`load.unpadded`).
     """
     total = 0
     if not all(b.copies_queries for b in buckets):

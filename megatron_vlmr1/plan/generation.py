@@ -80,7 +80,8 @@ class Generation:
         vision = self.shape.vision
         if vision is None or self.stage or not self.load.grids:
             return None
-        return Tower(vision, self.load.grids * prompts, self.layout.tensor_model_parallel_size, self.item)
+        tp, load = self.layout.tensor_model_parallel_size, self.load
+        return Tower(vision, load.grids * prompts, tp, self.item, load.flash)
 
     def _embeddings(self) -> int:
         tower = self._tower(self.load.prompts * max(1, self.cfg.grpo.dynamic_sampling_rounds))

@@ -71,6 +71,7 @@ class Load:
     prompt_tokens: int
     new_tokens: int
     grids: tuple[Grid, ...]  # of the images of one prompt
+    flash: bool = False  # whether attention goes through `models.flash`
 
     def micro_batches(self, cfg: Config) -> list[MicroBatch]:
         """Return the micro-batches of an update, as `Updater.micro_batches` cuts them."""
@@ -111,7 +112,9 @@ class Load:
         if padding := -end % multiple if end else multiple:
             segments.append(Segment(end, end + padding))
         labels = sum(completions) * self.new_tokens
-        return MicroBatch(end + padding, labels, buckets(segments), self.grids * len(completions))
+        total = end + padding
+        made = (unpadded(total),) if self.flash else buckets(segments)
+        return MicroBatch(total, labels, made, self.grids * len(completions))
 
     def prefill(self, prompts: int) -> MicroBatch:
         """Return so many prompts, packed for generation."""
@@ -138,6 +141,11 @@ def largest_grid(cfg: Config, vision: VisionShape) -> Grid:
     tokens = max(1, min((cfg.data.max_pixels or MAX_PIXELS) // side**2, room))
     rows = math.isqrt(tokens)
     return 1, rows * vision.spatial_merge_size, tokens // rows * vision.spatial_merge_size
+
+
+def unpadded(rows: int) -> Bucket:
+    """Return a packed row as `models.flash` takes it: in one piece and as it lies, without padding or a mask."""
+    return Bucket(1, rows, rows, masked=False, copies_queries=False, copies_keys=False)
 
 
 def buckets(segments: Sequence[Segment]) -> tuple[Bucket, ...]:

@@ -7,7 +7,7 @@ between them comes on top, and a plan leaves room for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_vlmr1.config import Config, decoding_layout
@@ -87,7 +87,7 @@ def rank_memory(
     fp8.check(cfg, shape.text)
     cfg.recompute.check(cfg.parallel.layers_by_chunk(shape.text.num_layers))
     dp = cfg.parallel.data_parallel_size(world)
-    given = load or largest(cfg, shape, world)
+    given = replace(load or largest(cfg, shape, world), flash=device == "cuda" and cfg.precision.dtype != "fp32")
     decoding = decoding_layout(cfg)
     if decoding is not None:
         shape.check_layout(decoding)
@@ -177,13 +177,7 @@ class _Rank:
         if layout is None:
             return Generation(self.cfg, self.shape, self.cfg.parallel, self.stage, self.load, self.item).peak()
         copies = self.cfg.parallel.ranks_of_a_copy // layout.ranks_of_a_copy
-        load = Load(
-            -(-self.load.prompts // copies),
-            self.load.generations,
-            self.load.prompt_tokens,
-            self.load.new_tokens,
-            self.load.grids,
-        )
+        load = replace(self.load, prompts=-(-self.load.prompts // copies))
         moments = []
         for stage in range(layout.pipeline_model_parallel_size):
             held = sum(chunk.parameters for chunk in stage_chunks(self.shape, layout, stage)) * self.item
@@ -197,7 +191,7 @@ class _Rank:
     def _tower(self, batch: MicroBatch) -> Tower | None:
         if self.shape.vision is None or self.stage or not batch.grids:
             return None
-        return Tower(self.shape.vision, batch.grids, self.tp, self.item)
+        return Tower(self.shape.vision, batch.grids, self.tp, self.item, self.load.flash)
 
     def _logprobs(self, chunks: Sequence[Chunk], batches: Sequence[MicroBatch]) -> Parts:
         """Return what passes without gradients need: of the reference, and of the old policy."""

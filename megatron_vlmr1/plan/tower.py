@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_vlmr1.models.shape import VisionShape
 from megatron_vlmr1.plan.activations import FP32, attention, norm
-from megatron_vlmr1.plan.load import Grid, whole_images, windows
+from megatron_vlmr1.plan.load import Grid, unpadded, whole_images, windows
 
 
 def patches(grids: Sequence[Grid]) -> int:
@@ -27,6 +27,7 @@ class Tower:
     grids: tuple[Grid, ...]  # of all images
     tp: int
     item: int
+    flash: bool = False  # whether attention goes through `models.flash`
 
     @property
     def share(self) -> tuple[Grid, ...]:
@@ -59,6 +60,8 @@ class Tower:
         s, n = self.shape, self._rows
         d = s.hidden_size
         buckets = whole_images(self.share) if full else windows(s, self.share)
+        if self.flash:
+            buckets = (unpadded(n),)
         sliced = not all(b.copies_keys for b in buckets)
         # The fused row for its values, queries and keys turned in one tensor; feed-forward: gate, up, silu, product.
         own = n * ((3 * d if sliced else 0) + (2 * d if sliced else 0) + 4 * s.intermediate_size) * self.item

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from megatron_vlmr1 import config
 from megatron_vlmr1.cli.main import main
 from megatron_vlmr1.models.segments import Segment
-from megatron_vlmr1.plan.activations import Layer, Widths, chunk_kept
+from megatron_vlmr1.plan.activations import Layer, Widths, chunk_kept, norm
 from megatron_vlmr1.plan.lines import lines, step_work
 from megatron_vlmr1.plan.load import Load, MicroBatch, buckets, in_flight, largest, largest_grid, windows
 from megatron_vlmr1.plan.memory import RankMemory, rank_memory
@@ -130,6 +131,28 @@ def test_buckets_are_those_of_attention() -> None:
     made = PaddedPlan(_segments(sizes), causal=False).buckets
     rows = [(b.batch, b.mask is not None) for b in made]
     assert sorted(rows) == sorted((b.batch, b.masked) for b in windows(TINY.vision, grids)) and len(rows) == 3
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_gpus_in_half_precision_pad_and_mask_nothing(dtype: str) -> None:
+    """Groups of unequal pieces: on a GPU, queries, keys, one output and its log-sum-exps, whatever the pieces."""
+    cfg = settings(precision=dtype, train={"micro_batch_tokens": 4096, "prompts_per_step": 4})
+    item = 2 if dtype == "bf16" else 4
+    load = largest(cfg, TINY, 1)
+    padded, flat = (replace(load, flash=flash).micro_batches(cfg)[0] for flash in (False, True))
+    assert len(padded.buckets) > 1 and any(b.masked for b in padded.buckets) and flat.tokens == padded.tokens
+    layers = [Layer(Widths.of(TINY.text, config.ParallelConfig(), item), batch) for batch in (padded, flat)]
+    query, key = 4 * 32, 2 * 32
+    assert layers[1].core == flat.tokens * ((2 * query + key) * item + 4 * 4) < layers[0].core
+    assert layers[1].around == flat.tokens * (query + 2 * key + 4 * 32) * item < layers[0].around
+    assert layers[1].plan == 0 < layers[0].plan
+    assert TINY.vision is not None
+    tower, patches = Tower(TINY.vision, ((1, 10, 14), (1, 8, 8)), 1, item, flash=True), 204
+    rest = 2 * norm(patches, 96, item) + patches * 4 * 192 * item
+    # The fused row, in which the values lie, turned queries and keys, the output, and log-sum-exps of three heads.
+    assert tower._block(False) == tower._block(True) == rest + patches * (6 * 96 * item + 3 * 4)
+    cpu, gpu = (rank_memory(cfg, TINY, 1, kind)[0].phases["update"]["activations"] for kind in ("cpu", "cuda"))
+    assert gpu < cpu if dtype == "bf16" else gpu == cpu
 
 
 def test_micro_batches_in_flight() -> None:
