@@ -75,7 +75,7 @@ class TorchFlash:
         out, lse, seed, offset, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, over.ends_q, over.ends_k, over.max_q, over.max_k, 0.0, over.causal, return_debug_mask=False
         )
-        assert lse.shape == (q.shape[1], q.shape[0])
+        assert lse.shape == (q.shape[1], q.shape[0]), f"log-sum-exps of torch {torch.__version__}: {lse.shape}"
         return out, lse, (seed, offset)
 
     def backward(
