@@ -16,7 +16,7 @@ from megatron_vlmr1.cli.main import main
 from megatron_vlmr1.launch import slurm
 from tests import jobs
 from tests.slurm.one_machine import GPUS
-from tests.slurm.runs import STEPS, Runs
+from tests.slurm.runs import STEPS, Runs, Submitted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 DONE = 'outcome("all done", 0)'
@@ -183,6 +183,7 @@ def test_the_verb_submits(runs: Runs, capfd: pytest.CaptureFixture[str]) -> None
     assert told["run_dir"] == str(runs.root / "verb") and len(told["jobs"]) == 2
     for job in reversed(told["jobs"]):
         slurm.cancel(job)
-    assert {slurm.job_state(job) for job in told["jobs"]} == {"CANCELLED"}
+    run = Submitted(runs.root / "verb", told["jobs"])
+    assert [run.end(link) for link in range(2)] == ["CANCELLED"] * 2
     assert slurm.job_state("999999") is None
     os.stat(runs.root / "verb/snapshots/0/job.sbatch")
