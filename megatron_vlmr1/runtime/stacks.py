@@ -50,8 +50,12 @@ def of_other(pid: int) -> str:
 
 
 def show(name: str) -> None:
-    """Name the calling thread: other processes of this machine see it, also when this one is stopped. 15 characters."""
-    _LIBC.prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+    """Name the calling thread: other processes of this machine see it, also when this one is stopped. 15 characters.
+
+    Spaces become hyphens: SLURM's proctrack/linuxproc reads /proc/PID/stat word by word, and sends no signal to a
+    process whose name is two.
+    """
+    _LIBC.prctl(_PR_SET_NAME, name.replace(" ", "-").encode()[:15], 0, 0, 0)
 
 
 def shown(text: str) -> tuple[int | None, str, str]:
@@ -61,7 +65,8 @@ def shown(text: str) -> tuple[int | None, str, str]:
     """
     name = re.search(r"^name (\d+|-):(.+)$", text, re.MULTILINE)
     step = int(name[1]) if name and name[1] != "-" else None
-    phase = next((phase for phase in PHASES if name and phase.startswith(name[2])), name[2] if name else "")
+    said = name[2].replace("-", " ") if name else ""
+    phase = next((phase for phase in PHASES if said and phase.startswith(said)), said)
     main = text.partition('"MainThread"\n')[2].partition("Thread ")[0]
     frames = re.findall(r"^ +(\S+) \((.+)\)$", main, re.MULTILINE)
     ours = [frame for frame in frames if "megatron_vlmr1" in frame[1]] or frames

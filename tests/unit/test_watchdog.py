@@ -286,8 +286,15 @@ def test_ranks_report_together_and_one_looks_at_the_silent_one(tmp_path, capfd):
     assert "process state S (sleeping)" in (tmp_path / "hang/rank_2.txt").read_text()
 
 
-def test_a_name_that_other_processes_see():
-    ready = 'import sys, time; from megatron_vlmr1.runtime import stacks; stacks.show("12:reward_exposed"); '
+@pytest.mark.parametrize(
+    ("name", "one_word", "read"),
+    [
+        ("12:reward_exposed", "12:reward_expos", (12, "reward_exposed")),
+        ("3:after step", "3:after-step", (3, "after step")),
+    ],
+)
+def test_a_name_that_other_processes_see(name: str, one_word: str, read: tuple[int, str]) -> None:
+    ready = f"import sys, time; from megatron_vlmr1.runtime import stacks; stacks.show({name!r}); "
     child = subprocess.Popen(
         [sys.executable, "-c", ready + 'print("ready", flush=True); time.sleep(600)'], stdout=subprocess.PIPE
     )
@@ -297,7 +304,7 @@ def test_a_name_that_other_processes_see():
     finally:
         child.kill()
         child.wait()
-    assert stacks.shown(text)[:2] == (12, "reward_exposed")
+    assert f"name {one_word}\n" in text and stacks.shown(text)[:2] == read
     assert stacks.of_other(child.pid) == "the process is gone\n"
     spied = 'name -:start\nThread 1 (idle): "MainThread"\n    wait (threading.py:3)\n    go (megatron_vlmr1/a.py:4)\n'
     assert stacks.shown(spied) == (None, "start", "megatron_vlmr1/a.py:4 go")
