@@ -1,0 +1,118 @@
+"""Decoding: tokens a second at batches of 8 to 256, and the share of what the memory's bandwidth allows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from megatron_vlmr1.config import RolloutConfig
+from megatron_vlmr1.models.policy import Policy
+from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.plan.rollout_time import LAYER_KERNELS, SAMPLING_KERNELS
+from megatron_vlmr1.rollout.engine import Engine
+from megatron_vlmr1.rollout.sampling import Sampling
+from megatron_vlmr1.telemetry.flops import language_flops
+from megatron_vlmr1.types import Prompt
+from tools.bench.gpu_parts import models
+from tools.bench.gpu_parts.measuring import Bench, NotMeasured, Row
+
+BATCHES = (8, 16, 32, 64, 128, 256)
+_OPTION = "cuda_graphs"  # of `rollout`
+WAYS = {"graphs": "auto", "eager": "off"}  # what the option says
+_SHORT, _LONG = 16, 112  # ticks of two runs, whose difference is decoding alone
+
+
+def measure(bench: Bench, mesh: Mesh) -> None:
+    """Measure both models at every batch, with CUDA graphs and without."""
+    for size in models.sizes(bench):
+        made: dict[str, Policy] = {}
+        eager: dict[int, float] = {}
+        for way in reversed(WAYS):
+            for batch in (4, 8) if bench.tiny else BATCHES:
+                row = bench.case(
+                    f"{size} x {batch}, {way}", partial(_case, bench, mesh, size, made, way, batch, eager), 4
+                )
+                if row is not None and way == "eager":
+                    eager[batch] = row.figures["tokens_per_s"]
+                if row is not None:
+                    bench.rates["decode"] = max(row.bytes / row.seconds, bench.rates.get("decode", 0.0))
+    if row := bench.case("a tick beside its kernels", partial(_tick, bench, mesh), 10):
+        bench.rates["tick"] = row.figures["s"]
+
+
+def _case(
+    bench: Bench, mesh: Mesh, size: str, made: dict[str, Policy], way: str, batch: int, eager: dict[int, float]
+) -> Row:
+    engine = _engine(bench, mesh, size, made, way)
+    policy, load = engine.policy, models.work(bench).load
+    prompts = models.prompts(policy.shape, replace(load, prompts=max(1, batch // load.generations)))
+    rows = len(prompts) * load.generations
+    seconds, own = _seconds_of_a_tick(bench, engine, prompts, load.generations)
+    moved = _bytes(policy, prompts, rows, own)
+    figures = {"tokens_per_s": rows / seconds, "tick_s": seconds, **bench.share("copy", moved / seconds)}
+    if batch in eager and way != "eager":
+        figures["times_eager"] = figures["tokens_per_s"] / eager[batch]
+    text = policy.shape.text
+    pairs = round(rows * (load.prompt_tokens + own))
+    setting = (
+        f"{size}, {text.num_layers} layers, bf16, {len(prompts)} prompts of {load.prompt_tokens} tokens x "
+        f"{load.generations}, {own:.0f} own tokens on average, the whole distribution sampled, {way}"
+    )
+    return Row(figures, setting, float(language_flops(text, rows, pairs, rows)), moved, seconds)
+
+
+def _engine(bench: Bench, mesh: Mesh, size: str, made: dict[str, Policy], way: str) -> Engine:
+    """Return an engine that launches kernels in the asked way; the model is made once."""
+    known = _OPTION in RolloutConfig.model_fields
+    if way == "graphs" and not (known and bench.cuda):
+        raise NotMeasured("CUDA graphs need CUDA" if known else f"this program has no rollout.{_OPTION}")
+    cfg = models.settings(bench, rollout={_OPTION: WAYS[way]} if known else {})
+    if size not in made:
+        made[size] = models.policy(mesh, models.shape(bench, size), cfg)
+        for parameter in made[size].parameters():
+            parameter.requires_grad_(False)
+    return models.engine(made[size], cfg)
+
+
+def _seconds_of_a_tick(bench: Bench, engine: Engine, prompts: list[Prompt], generations: int) -> tuple[float, float]:
+    """Return the seconds of a tick in which all rows are decoded, and the own tokens that a row has on average."""
+    short, long = (2, 8) if bench.tiny else (_SHORT, _LONG)
+
+    def run(ticks: int) -> float:
+        sampling = Sampling(ticks, frozenset(), seed=1)
+        return bench.wall_seconds(lambda: engine.generate(prompts, generations, sampling))
+
+    run(short)
+    ends = run(short), run(long)
+    if ends[1] <= ends[0]:
+        raise NotMeasured(f"{long} ticks took no longer than {short}: this machine is too busy")
+    return (ends[1] - ends[0]) / (long - short), (short + long) / 2
+
+
+def _bytes(policy: Policy, prompts: list[Prompt], rows: int, own: float) -> float:
+    """Return the bytes that a tick reads: the layers' and the output layer's weights, and keys and values.
+
+    Those of a prompt are read once for all its completions.
+    """
+    (chunk,) = policy.chunks
+    decoder = [*chunk.language.decoder.parameters(), policy.output_weight()]
+    text, item = policy.shape.text, policy.output_weight().element_size()
+    tokens = sum(len(prompt.token_ids) for prompt in prompts) + rows * own
+    cached = tokens * text.num_layers * 2 * text.num_kv_heads * text.head_dim * item
+    return float(sum(parameter.nbytes for parameter in decoder) + cached)
+
+
+def _tick(bench: Bench, mesh: Mesh) -> Row:
+    """Time ticks of a model of one layer, less what the plan says that its kernels' launches take."""
+    cfg = models.settings(bench, rollout={_OPTION: "off"} if _OPTION in RolloutConfig.model_fields else {})
+    engine = models.engine(models.policy(mesh, models.shape(bench, "3b", 1), cfg), cfg)
+    load = models.work(bench).load
+    prompts = models.prompts(engine.policy.shape, replace(load, prompts=1))
+    seconds, _ = _seconds_of_a_tick(bench, engine, prompts, load.generations)
+    launches = (LAYER_KERNELS + SAMPLING_KERNELS) * bench.rates.get("launch", 0.0)
+    if seconds <= launches:
+        raise NotMeasured(f"a tick took {seconds:.2g} s, and launches alone should take {launches:.2g}")
+    setting = (
+        f"a tick of one layer of 3b and {load.generations} rows, {seconds:.4g} s, less {launches:.4g} s of launches"
+    )
+    return Row({"s": seconds - launches}, setting)
