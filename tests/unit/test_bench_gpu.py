@@ -23,9 +23,7 @@ from tools.bench.gpu_parts.measuring import Bench, NotMeasured, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = ROOT / "configs" / "hardware" / "h100-80gb.yaml"
-WITHOUT_A_GPU = (
-    r"needs Transformer Engine|FP8 needs a GPU|a CPU has no bus|CUDA graphs need CUDA|no rollout.cuda_graphs"
-)
+WITHOUT_A_GPU = r"needs Transformer Engine|FP8 needs a GPU|a CPU has no bus|CUDA graphs need CUDA|no CUDA graphs"
 
 
 def a_bench(kept: list | None = None, **changes) -> Bench:

@@ -36,7 +36,7 @@ PARTS = {
     "attention": 0.03,
     "step": 0.13,
 }
-LIMIT_S = 450.0
+LIMIT_S = 420.0  # and some seconds before, for imports and CUDA
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers")
 FIRST = "ceilings"  # always measured: the others are held against it
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from megatron_vlmr1.config import RolloutConfig
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.plan.rollout_time import LAYER_KERNELS, SAMPLING_KERNELS
@@ -17,24 +16,19 @@ from tools.bench.gpu_parts import models
 from tools.bench.gpu_parts.measuring import Bench, NotMeasured, Row
 
 BATCHES = (8, 16, 32, 64, 128, 256)
-_OPTION = "cuda_graphs"  # of `rollout`
-WAYS = {"graphs": "auto", "eager": "off"}  # what the option says
+WAYS = ("eager", "graphs")
 _SHORT, _LONG = 16, 112  # ticks of two runs, whose difference is decoding alone
 
 
 def measure(bench: Bench, mesh: Mesh) -> None:
-    """Measure both models at every batch, with CUDA graphs and without."""
+    """Measure both models at every batch: a tick and a kernel at a time, and as this program decodes on a GPU."""
     for size in models.sizes(bench):
-        made: dict[str, Policy] = {}
+        made: dict[str, Policy] = {}  # made once, if it can be
         eager: dict[int, float] = {}
-        for way in reversed(WAYS):
+        for way in WAYS:
             for batch in (4, 8) if bench.tiny else BATCHES:
-                row = bench.case(
-                    f"{size} x {batch}, {way}", partial(_case, bench, mesh, size, made, way, batch, eager), 4
-                )
-                if row is not None and way == "eager":
-                    eager[batch] = row.figures["tokens_per_s"]
-                if row is not None:
+                measured = partial(_case, bench, mesh, size, made, way, batch, eager)
+                if row := bench.case(f"{size} x {batch}, {way}", measured, 4):
                     bench.rates["decode"] = max(row.bytes / row.seconds, bench.rates.get("decode", 0.0))
     if row := bench.case("a tick beside its kernels", partial(_tick, bench, mesh), 10):
         bench.rates["tick"] = row.figures["s"]
@@ -50,7 +44,9 @@ def _case(
     seconds, own = _seconds_of_a_tick(bench, engine, prompts, load.generations)
     moved = _bytes(policy, prompts, rows, own)
     figures = {"tokens_per_s": rows / seconds, "tick_s": seconds, **bench.share("copy", moved / seconds)}
-    if batch in eager and way != "eager":
+    if way == "eager":
+        eager[batch] = figures["tokens_per_s"]
+    elif batch in eager:
         figures["times_eager"] = figures["tokens_per_s"] / eager[batch]
     text = policy.shape.text
     pairs = round(rows * (load.prompt_tokens + own))
@@ -62,28 +58,28 @@ def _case(
 
 
 def _engine(bench: Bench, mesh: Mesh, size: str, made: dict[str, Policy], way: str) -> Engine:
-    """Return an engine that launches kernels in the asked way; the model is made once."""
-    known = _OPTION in RolloutConfig.model_fields
-    if way == "graphs" and not (known and bench.cuda):
-        raise NotMeasured("CUDA graphs need CUDA" if known else f"this program has no rollout.{_OPTION}")
-    cfg = models.settings(bench, rollout={_OPTION: WAYS[way]} if known else {})
+    """Return an engine that decodes in a way, on a model that is made once."""
+    if way == "graphs" and not (models.has_graphs() and bench.cuda):
+        raise NotMeasured("CUDA graphs need CUDA" if models.has_graphs() else "this program has no CUDA graphs")
+    cfg = models.settings(bench)
     if size not in made:
         made[size] = models.policy(mesh, models.shape(bench, size), cfg)
         for parameter in made[size].parameters():
             parameter.requires_grad_(False)
-    return models.engine(made[size], cfg)
+    return models.engine(made[size], cfg, eager=way == "eager")
 
 
 def _seconds_of_a_tick(bench: Bench, engine: Engine, prompts: list[Prompt], generations: int) -> tuple[float, float]:
     """Return the seconds of a tick in which all rows are decoded, and the own tokens that a row has on average."""
     short, long = (2, 8) if bench.tiny else (_SHORT, _LONG)
+    sampling = Sampling(long, frozenset(), seed=1)  # in both runs, so that caches are alike
 
     def run(ticks: int) -> float:
-        sampling = Sampling(ticks, frozenset(), seed=1)
-        return bench.wall_seconds(lambda: engine.generate(prompts, generations, sampling))
+        limits = [[ticks] * generations] * len(prompts)
+        return bench.wall_seconds(lambda: engine.generate(prompts, generations, sampling, limits=limits))
 
-    run(short)
     ends = run(short), run(long)
+    engine.release()
     if ends[1] <= ends[0]:
         raise NotMeasured(f"{long} ticks took no longer than {short}: this machine is too busy")
     return (ends[1] - ends[0]) / (long - short), (short + long) / 2
@@ -104,8 +100,8 @@ def _bytes(policy: Policy, prompts: list[Prompt], rows: int, own: float) -> floa
 
 def _tick(bench: Bench, mesh: Mesh) -> Row:
     """Time ticks of a model of one layer, less what the plan says that its kernels' launches take."""
-    cfg = models.settings(bench, rollout={_OPTION: "off"} if _OPTION in RolloutConfig.model_fields else {})
-    engine = models.engine(models.policy(mesh, models.shape(bench, "3b", 1), cfg), cfg)
+    cfg = models.settings(bench)
+    engine = models.engine(models.policy(mesh, models.shape(bench, "3b", 1), cfg), cfg, eager=True)
     load = models.work(bench).load
     prompts = models.prompts(engine.policy.shape, replace(load, prompts=1))
     seconds, _ = _seconds_of_a_tick(bench, engine, prompts, load.generations)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.types import Completion, Group, IntArray, Prompt
 from tools.bench import common, memory_step, tiny
-from tools.bench.gpu_parts.measuring import Bench, NotMeasured
+from tools.bench.gpu_parts.measuring import Bench, NotMeasured, Row, free
 
 SIZES = ("3b", "7b")
 STD = 0.02
@@ -129,9 +130,32 @@ def policy(mesh: Mesh, of: VlmShape, cfg: Config) -> Policy:
     return made
 
 
-def engine(policy: Policy, cfg: Config) -> Engine:
-    """Return what generates as the config says; texts are empty, as there is no tokenizer."""
-    return Engine(policy, lambda ids: "", cfg.rollout.max_cache_tokens, cfg.rollout.max_prefill_tokens)
+def engine(policy: Policy, cfg: Config, eager: bool = False) -> Engine:
+    """Return what generates as a run would on this device, or `eager`: a tick and a kernel at a time.
+
+    Texts are empty, as there is no tokenizer.
+    """
+    options: dict[str, Any] = {"decode_burst": 1} if eager and has_graphs() else {}
+    return Engine(policy, lambda ids: "", cfg.rollout.max_cache_tokens, cfg.rollout.max_prefill_tokens, **options)
+
+
+def has_graphs() -> bool:
+    """Whether this program records ticks of generation as CUDA graphs."""
+    return "recorder" in inspect.signature(Engine).parameters
+
+
+def with_fewer_layers(count: int, measure: Callable[[int], Row]) -> Row:
+    """Measure with so many layers; with fewer where the plan was wrong and they do not fit."""
+    while True:
+        try:
+            return measure(count)
+        except torch.OutOfMemoryError:
+            if count <= 2:
+                raise
+        free()
+        fewer = max(2, count * 3 // 4)
+        common.note(f"  {count} layers are too many: {fewer}")
+        count = fewer
 
 
 def prompts(of: VlmShape, load: Load) -> list[Prompt]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from megatron_vlmr1.config import Config
 from megatron_vlmr1.grpo.reference import Reference
 from megatron_vlmr1.grpo.update import GrpoUpdate, Updater
 from megatron_vlmr1.parallel import optimizer as parallel_optimizer
@@ -33,15 +34,20 @@ def measure(bench: Bench, mesh: Mesh) -> None:
 
 def _measured(bench: Bench, mesh: Mesh, when: str) -> Row:
     cfg = models.settings(bench, grpo={"beta": _BETA}, optimizer={"offload": when})
-    made = models.shape(bench, _SIZE, models.layers_that_fit(bench, _SIZE, cfg, _PHASES))
+    count = models.layers_that_fit(bench, _SIZE, cfg, _PHASES)
+    return models.with_fewer_layers(count, partial(_steps, bench, mesh, cfg))
+
+
+def _steps(bench: Bench, mesh: Mesh, cfg: Config, count: int) -> Row:
+    made = models.shape(bench, _SIZE, count)
     policy = models.policy(mesh, made, cfg)
     reference = Reference(policy)
     timers = PhaseTimers(bench.wait, peak_bytes=device.peak_bytes if bench.cuda else None)
     optimizer = parallel_optimizer.build(cfg.optimizer, policy.wrap_for_training())
     update = GrpoUpdate(Updater(policy, optimizer, cfg), reference, timers)
-    step = models.work(bench)
+    step, engine = models.work(bench), models.engine(policy, cfg)
     for seed in range(2):  # the first allocates, and compiles what is compiled
-        groups = _step(update, models.engine(policy, cfg), models.prompts(made, step.load), step, timers, seed)
+        groups = _step(update, engine, models.prompts(made, step.load), step, timers, seed)
         seconds, peaks = timers.take(), timers.take_peaks()
     whole = sum(seconds.values())
     language, tower = step_flops(groups, groups, made, cfg)

@@ -33,23 +33,46 @@ _NEEDS_S = 15.0
 
 
 def measure(bench: Bench, mesh: Mesh) -> None:
-    """Measure every model in every kind, all kinds of a model with as many layers."""
-    rates: dict[str, float] = {}
+    """Measure every model in every kind, all kinds of a model with as many layers if they fit."""
+    rates: dict[tuple[str, int], float] = {}  # tokens/s in bf16, by model and layers
+    depths: dict[str, int] = {}
     for kind in _KINDS:
         for size in models.sizes(bench):
-            row = bench.case(f"{size} {kind}", partial(_train, bench, mesh, size, kind, rates), _NEEDS_S)
-            if row is not None and kind == "bf16":
-                rates[size] = row.figures["tokens_per_s"]
+            bench.case(f"{size} {kind}", partial(_train, bench, mesh, size, kind, depths, rates), _NEEDS_S)
 
 
-def _train(bench: Bench, mesh: Mesh, size: str, kind: str, rates: dict[str, float]) -> Row:
+def _train(
+    bench: Bench,
+    mesh: Mesh,
+    size: str,
+    kind: str,
+    depths: dict[str, int],
+    rates: dict[tuple[str, int], float],
+) -> Row:
     cfg = models.settings(bench, **_KINDS[kind])
-    whole = models.shape(bench, size)
     fp8.check_installed(cfg)
-    # The kind that needs most memory decides, so that all do the same work.
-    dearest = models.settings(bench, precision={"fp8": "blockwise"})
-    made = models.shape(bench, size, models.layers_that_fit(bench, size, dearest, ("update",)))
+    if size not in depths:
+        # The kind that needs most memory decides, so that all do the same work.
+        dearest = models.settings(bench, precision={"fp8": "blockwise"})
+        depths[size] = models.layers_that_fit(bench, size, dearest, ("update",))
+
+    def measured(count: int) -> Row:
+        depths[size] = count
+        row = _updates(bench, mesh, size, kind, cfg, count)
+        if kind == "bf16":
+            rates[size, count] = row.figures["tokens_per_s"]
+        elif (size, count) in rates:
+            row.figures["times_bf16"] = row.figures["tokens_per_s"] / rates[size, count]
+        return row
+
+    return models.with_fewer_layers(depths[size], measured)
+
+
+def _updates(bench: Bench, mesh: Mesh, size: str, kind: str, cfg: Config, count: int) -> Row:
+    made = models.shape(bench, size, count)
     fp8.check(cfg, made.text)
+    if bench.cuda:
+        device.peak_bytes()  # of what was measured before
     policy = models.policy(mesh, made, cfg)
     update = GrpoUpdate(Updater(policy, parallel_optimizer.build(cfg.optimizer, policy.wrap_for_training()), cfg), None)
     step = models.work(bench)
@@ -65,13 +88,12 @@ def _train(bench: Bench, mesh: Mesh, size: str, kind: str, rates: dict[str, floa
     }
     if peak := peak_flops(device.name(), cfg.precision.products):
         figures["mfu"] = flops / seconds / peak
-    if size in rates:
-        figures["times_bf16"] = figures["tokens_per_s"] / rates[size]
     if bench.cuda:
         figures["peak_gb"] = device.peak_bytes() / 1e9
+    depth = models.in_layers(made, models.shape(bench, size))
     setting = (
-        f"{size}, {models.in_layers(made, whole)} and the whole tower and vocabulary, {kind}, {policy.layers.spec} "
-        f"spec; {step.words()}, {batches} of them; tower computed again in backward, optimizer step and checks included"
+        f"{size}, {depth} and the whole tower and vocabulary, {kind}, {policy.layers.spec} spec; {step.words()}, "
+        f"{batches} of them; tower computed again in backward, optimizer step and checks included"
     )
     return Row(figures, setting, flops, _bytes(policy, cfg, batches), seconds)
 
