@@ -9,8 +9,6 @@ import torch
 
 from tests.distributed.work_memory_phases import Offloading, _bytes
 
-ALLOCATED_AT_ONCE = 2 << 20  # bytes, to which torch's allocator may round a large tensor up
-
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("when", ["rollout", "always"])
@@ -25,8 +23,7 @@ def test_offloading_keeps_bits(directory, mesh, dtype, when):
         offload.before_generation()
         assert _bytes(trainer) == {"gradients": 0, "state": 0} and min(held.values()) > 0
         if torch.cuda.is_available():
-            freed = on_device - torch.cuda.memory_allocated()
-            assert freed >= sum(held.values()) - ALLOCATED_AT_ONCE
+            assert on_device - torch.cuda.memory_allocated() >= sum(held.values())
         assert offload.host_bytes == held["state"]
         assert trainer.digest() == before
         assert _bytes(trainer) == {"gradients": 0, "state": held["state"]}

@@ -143,6 +143,21 @@ def test_as_many_layers_as_the_plan_has_room_for(monkeypatch, memory):
         models.layers_that_fit(bench, "3b", cfg, ("update",))
 
 
+def test_layers_are_left_out_until_they_fit():
+    asked: list[int] = []
+
+    def measure(count: int) -> Row:
+        asked.append(count)
+        if count > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Row({"layers": count}, "")
+
+    assert models.with_fewer_layers(36, measure).figures == {"layers": 8}
+    assert asked == [36, 27, 20, 15, 11, 8]
+    with pytest.raises(torch.OutOfMemoryError):
+        models.with_fewer_layers(3, lambda count: measure(100))
+
+
 def test_flops_and_bytes_that_are_counted():
     """Against the run's own count of a step, and against every parameter of the language model by its name."""
     bench = a_bench()
