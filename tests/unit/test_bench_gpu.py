@@ -23,7 +23,9 @@ from tools.bench.gpu_parts.measuring import Bench, NotMeasured, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = ROOT / "configs" / "hardware" / "h100-80gb.yaml"
-WITHOUT_A_GPU = r"needs Transformer Engine|FP8 needs a GPU|a CPU has no bus|CUDA graphs need CUDA|no CUDA graphs"
+WITHOUT_A_GPU = (
+    r"needs Transformer Engine|FP8 needs a GPU|a CPU has no bus|CUDA graphs need CUDA|engine has no quantization"
+)
 
 
 def a_bench(kept: list | None = None, **changes) -> Bench:
@@ -175,6 +177,10 @@ def test_flops_and_bytes_that_are_counted():
         read = decode._bytes(policy, prompts, rows=8, own=5.0)
         tokens = 2 * step.load.prompt_tokens + 8 * 5
         assert read == weights + tokens * text.num_layers * 2 * text.num_kv_heads * text.head_dim * 2
+        layers = sum(
+            p.numel() for name, p in policy.model.language.named_parameters() if p.dim() == 2 and "layers" in name
+        )
+        assert decode._bytes(policy, prompts, 8, 5.0, in_fp8=True) == read - layers
         assert {str(p.dtype) for p in policy.parameters()} == {"torch.bfloat16"}
 
 

@@ -130,18 +130,20 @@ def policy(mesh: Mesh, of: VlmShape, cfg: Config) -> Policy:
     return made
 
 
-def engine(policy: Policy, cfg: Config, eager: bool = False) -> Engine:
-    """Return what generates as a run would on this device, or `eager`: a tick and a kernel at a time.
+def engine(policy: Policy, cfg: Config, **options: Any) -> Engine:
+    """Return what generates; texts are empty, as there is no tokenizer.
 
-    Texts are empty, as there is no tokenizer.
+    Raises:
+        NotMeasured: this program's engine has no such option.
     """
-    options: dict[str, Any] = {"decode_burst": 1} if eager and has_graphs() else {}
+    if unknown := options.keys() - inspect.signature(Engine).parameters.keys():
+        raise NotMeasured(f"this program's engine has no {', '.join(sorted(unknown))}")
     return Engine(policy, lambda ids: "", cfg.rollout.max_cache_tokens, cfg.rollout.max_prefill_tokens, **options)
 
 
-def has_graphs() -> bool:
-    """Whether this program records ticks of generation as CUDA graphs."""
-    return "recorder" in inspect.signature(Engine).parameters
+def one_by_one() -> dict[str, Any]:
+    """Return the options with which an engine decodes a tick at a time, kernel by kernel."""
+    return {"decode_burst": 1} if "decode_burst" in inspect.signature(Engine).parameters else {}
 
 
 def with_fewer_layers(count: int, measure: Callable[[int], Row]) -> Row:
