@@ -136,7 +136,7 @@ def test_as_many_layers_as_the_plan_has_room_for(monkeypatch, memory):
     cfg, load = models.settings(bench), models.work(bench).load
     for size in models.SIZES:
         count, whole = models.layers_that_fit(bench, size, cfg, ("update",)), models.shape(bench, size).text.num_layers
-        assert count == {("3b", 79e9): 18, ("3b", 140e9): 36, ("7b", 79e9): 5, ("7b", 140e9): 13}[size, memory]
+        assert (count == whole) == ((size, memory) == ("3b", 140e9)) and count > 2
         for layers, fits in ((count, True), (count + 1, False)):
             (rank,) = rank_memory(cfg, plan_shape(models.shape(bench, size, layers)), 1, "cuda", load)
             assert (rank.peak("update") <= models.FREE * memory) == fits or layers > whole
