@@ -11,7 +11,7 @@ from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.rollout.sampling import Sampling
 from tests.checkpoints import mixed_prompts
 from tests.gpu import work
-from tests.gpu.work import BF16, FP32
+from tests.gpu.work import BF16, FP8_BY_BF16, FP32
 
 TOKENS, GENERATIONS = 24, 4
 SAMPLED = Sampling(TOKENS, frozenset(range(5, 512, 64)), seed=3)
@@ -40,6 +40,21 @@ def test_in_bf16_the_gap_is_one_of_roundings(directory, mesh, report):
     trained = work.trained_logprobs(policy, prompts, rows)
     bound = 2 * work.apart(trained, work.trained_logprobs(exact, prompts, rows))
     report("bf16, mean log-prob gap", work.apart(trained, said(rows)), bound)
+
+
+def test_weights_in_fp8_say_nearly_what_those_in_bf16_say(directory, mesh, report):
+    """On Hopper through `torch._scaled_mm`, elsewhere emulated; the log-probs are those of what was sampled from."""
+    if "quantization" not in inspect.signature(Engine).parameters:
+        pytest.skip("this program generates with weights as they are")
+    prompts = mixed_prompts(directory)
+    policy, exact = (work.policy(directory, mesh, dtype) for dtype in (BF16, FP32))
+    engine = Engine(policy, str, 10_000, quantization="fp8")
+    rows = generated(engine, prompts)
+    engine.release()
+    trained = work.trained_logprobs(policy, prompts, rows)
+    assert not trained.equal(said(rows))
+    bound = FP8_BY_BF16 * work.apart(trained, work.trained_logprobs(exact, prompts, rows))
+    report("weights in fp8, mean log-prob gap", work.apart(trained, said(rows)), bound)
 
 
 @pytest.mark.parametrize("sampling", [SAMPLED, Sampling(TOKENS, frozenset(), greedy=True)], ids=["sampled", "greedy"])

@@ -10,10 +10,8 @@ from megatron_vlmr1.models.specs import Layers
 from megatron_vlmr1.runtime import device
 from tests.gpu import work
 from tests.gpu.conftest import needs_cuda
-from tests.gpu.work import BF16, FP32, Passes
+from tests.gpu.work import BF16, FP8_BY_BF16, FP32, Passes
 
-# Of an operand's rounding: bf16 keeps 8 binary digits of a number, e4m3 4; twice that for what adds up.
-FP8_BY_BF16 = 2 * 2.0**4
 LEAST_COSINE = 0.9  # of gradients; in backward e5m2 has 3 binary digits
 
 

@@ -21,6 +21,8 @@ from tests.checkpoints import PLAIN_IDS, banned_ids, mixed_prompts
 
 BF16, FP32 = torch.bfloat16, torch.float32
 MULTIPLE = 16  # tokens of a pack, for FP8
+# Of an operand's rounding: bf16 keeps 8 binary digits of a number, e4m3 4; twice that for what adds up.
+FP8_BY_BF16 = 2 * 2.0**4
 
 
 def policy(directory: Path, mesh: Mesh, dtype: torch.dtype, layers: Layers | None = None) -> Policy:

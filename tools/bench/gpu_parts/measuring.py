@@ -98,13 +98,12 @@ class Bench:
             row = measure()
             found |= asdict(row)
             common.note(f"  {name}: {in_words(row.figures)}")
-        except NotMeasured as reason:
-            found["not_measured"] = str(reason)
+        except (NotMeasured, ValueError) as reason:  # the latter is what the program itself refuses
+            found["not_measured"] = _line(reason)
         except torch.OutOfMemoryError as error:
             found["not_measured"] = f"out of memory: {_line(error)}"
         except Exception as error:  # one case must not cost the others
-            if not isinstance(error, ValueError):  # that is what the program itself refuses
-                traceback.print_exc(file=sys.stderr)
+            traceback.print_exc(file=sys.stderr)
             found["not_measured"] = f"{type(error).__name__}: {_line(error)}"
         if row is None:
             common.note(f"  {name}: not measured: {found['not_measured']}")
