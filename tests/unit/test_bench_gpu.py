@@ -18,7 +18,7 @@ from megatron_vlmr1.runtime import device
 from megatron_vlmr1.train.work import step_flops
 from tests.distributed import ranks
 from tools.bench import gpu
-from tools.bench.gpu_parts import decode, models, roofline, train
+from tools.bench.gpu_parts import asked, decode, models, roofline, train
 from tools.bench.gpu_parts.measuring import Bench, NotMeasured, Row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +45,7 @@ def test_every_part_has_figures_or_says_why_not(document):
     assert found["parts"] == list(gpu.PARTS) and found["tiny"]
     assert found["versions"]["transformer-engine"] == "not installed" and found["versions"]["torch"]
     assert {"date", "host", "device", "ceilings", "rates", "seconds"} <= found.keys()
+    assert all(row["measured"] is None for row in found["asked"])  # a CPU has no data sheet here, and no graphs
     measured = {part: [] for part in gpu.PARTS}
     for row in found["rows"]:
         if "not_measured" in row:
@@ -87,6 +88,20 @@ def test_the_roofline(document):
     assert square[0] == pytest.approx(2 * 128**3 / (3 * 2 * 128**2))
     assert not roofline.draw({**found, "ceilings": {}}, path.with_name("none.png"))
     assert not path.with_name("none.png").exists()
+
+
+def test_what_is_asked_stands_beside_the_best_that_was_measured():
+    rows = [
+        {"part": "train", "case": "3b bf16", "figures": {"mfu": 0.52}},
+        {"part": "train", "case": "7b fp8 tensorwise", "figures": {"times_bf16": 1.2}},
+        {"part": "train", "case": "7b fp8 blockwise", "figures": {"times_bf16": 1.25}},
+        {"part": "decode", "case": "3b x 64, graphs", "not_measured": "the time is up"},
+    ]
+    words = [asked.in_words(row) for row in asked.beside(rows)]
+    assert "train, 3b bf16: mfu of at least 0.5? 0.52: yes" in words
+    assert "train, 7b fp8: times_bf16 of at least 1.3? 1.25: no" in words
+    assert "decode, 3b x 64, graphs: of_copy of at least 0.6? not measured" in words
+    assert len(words) == len(asked.ASKED)
 
 
 def test_what_stops_it_before_it_begins(capsys):

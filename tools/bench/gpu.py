@@ -84,7 +84,7 @@ def _parts(text: str) -> list[str]:
 def measure(args: argparse.Namespace, mesh: Any, out: Path) -> dict[str, Any]:
     """Measure the parts that were asked for; the document is in `out` after every case."""
     from megatron_vlmr1.telemetry.files import write_atomic
-    from tools.bench.gpu_parts import ceilings, decode, kernels, step, train
+    from tools.bench.gpu_parts import asked, ceilings, decode, kernels, roofline, step, train
     from tools.bench.gpu_parts.measuring import Bench
 
     functions = {
@@ -103,6 +103,7 @@ def measure(args: argparse.Namespace, mesh: Any, out: Path) -> dict[str, Any]:
             seconds=round(bench.spent_s, 1),
             ceilings=bench.ceilings,
             rows=list(rows),
+            asked=asked.beside(rows),
             rates=[{"name": name, "unit": _unit(name), "value": value} for name, value in bench.rates.items()],
         )
         write_atomic(out, (json.dumps(document, indent=1) + "\n").encode())
@@ -113,6 +114,7 @@ def measure(args: argparse.Namespace, mesh: Any, out: Path) -> dict[str, Any]:
         passed += PARTS[name] / whole
         bench.begin(name, passed)
         functions[name](bench, mesh)
+        roofline.draw(document, out.with_suffix(".png"))  # each time, as this may be cut
     return document
 
 
@@ -158,15 +160,17 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _finish(document: dict[str, Any], out: Path, as_json: bool) -> None:
-    """Draw the roofline, and print the table."""
-    from tools.bench.gpu_parts import roofline
+def _finish(document: Mapping[str, Any], out: Path, as_json: bool) -> None:
+    """Print the table, what is asked of it, and where it is."""
+    from tools.bench.gpu_parts import asked
 
-    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 140)
+    console = Console(stderr=as_json, width=None if sys.stdout.isatty() else 140, highlight=False)
     console.print(_table(document))
+    for row in document["asked"]:
+        console.print(asked.in_words(row))
     picture = out.with_suffix(".png")
-    drawn = roofline.draw(document, picture)
-    console.print(f"{document['seconds']:.0f} s; {out}" + (f", {picture}" if drawn else ""), soft_wrap=True)
+    drawn = f", {picture}" if picture.is_file() else ""
+    console.print(f"{document['seconds']:.0f} s; {out}{drawn}", soft_wrap=True)
     if as_json:
         print(json.dumps(document))
 

@@ -17,7 +17,8 @@ from tools.bench.gpu_parts.measuring import Bench, NotMeasured, Row
 Sides = tuple[int, int, int]  # m, n, k of [m, k] x [k, n]
 
 _TOKENS = 8192  # of a micro-batch
-_MEDIUM, _SMALL = (1024, 4096, 4096), (256, 4096, 4096)  # by the least side, as `plan.hardware.Efficiency` has it
+# By the least side, as `plan.hardware.Efficiency` has it; weights that do not fit a cache.
+_MEDIUM, _SMALL = (1024, 8192, 8192), (256, 8192, 8192)
 _COPY_BYTES = 2 << 30
 _LAUNCHES = 1000
 
@@ -94,10 +95,15 @@ def _seconds(bench: Bench, sides: Sides, in_fp8: bool) -> float:
     return bench.seconds(lambda: torch._scaled_mm(c, d.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True))
 
 
+def _random_bytes(size: int) -> torch.Tensor:
+    """Return bytes as hard to move as any: zeros can be quicker."""
+    return torch.empty(size, dtype=torch.uint8, device=device.device()).random_()
+
+
 def _on_device(bench: Bench) -> Row:
     """Copy within the device's memory: each byte is read and written."""
     size = 1 << 20 if bench.tiny else _COPY_BYTES
-    a, b = (torch.zeros(size, dtype=torch.uint8, device=device.device()) for _ in range(2))
+    a, b = (_random_bytes(size) for _ in range(2))
     seconds = bench.seconds(lambda: b.copy_(a))
     return Row({"bytes_per_s": 2 * size / seconds}, f"{size >> 20} MiB, read and written")
 
@@ -105,7 +111,7 @@ def _on_device(bench: Bench) -> Row:
 def _read(bench: Bench) -> Row:
     """Add up numbers: each byte is read."""
     size = 1 << 20 if bench.tiny else _COPY_BYTES
-    a = torch.zeros(size // 4, device=device.device())
+    a = torch.randn(size // 4, device=device.device())
     seconds = bench.seconds(a.sum)
     return Row({"bytes_per_s": size / seconds}, f"{size >> 20} MiB, read and added up")
 
@@ -114,7 +120,7 @@ def _over_the_bus(bench: Bench, to_host: bool) -> Row:
     if not bench.cuda:
         raise NotMeasured("a CPU has no bus to itself")
     size = _COPY_BYTES // 4
-    held = torch.zeros(size, dtype=torch.uint8, device=device.device())
+    held = _random_bytes(size)
     host = device.host_empty(size, torch.uint8)
     source, target = (held, host) if to_host else (host, held)
     seconds = bench.seconds(lambda: target.copy_(source, non_blocking=True))
