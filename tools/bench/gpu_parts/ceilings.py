@@ -20,7 +20,7 @@ _TOKENS = 8192  # of a micro-batch
 # By the least side, as `plan.hardware.Efficiency` has it; weights that do not fit a cache.
 _MEDIUM, _SMALL = (1024, 8192, 8192), (256, 8192, 8192)
 _COPY_BYTES = 2 << 30
-_LAUNCHES = 1000
+_LAUNCHES, _ROUNDS = 200, 10
 
 
 def measure(bench: Bench, mesh: Mesh) -> None:
@@ -145,11 +145,12 @@ def _keep_copy(bench: Bench, name: str, rate: float) -> None:
 def _launch(bench: Bench) -> Row:
     """Time the host, from Python, while it hands the device small kernels that it need not wait for."""
     x = torch.zeros(1, device=device.device())
-    x.add_(1.0)
+    found = []
+    for _ in range(_ROUNDS):
+        bench.wait()
+        begin = time.perf_counter()
+        for _ in range(_LAUNCHES):
+            x.add_(1.0)
+        found.append((time.perf_counter() - begin) / _LAUNCHES)
     bench.wait()
-    begin = time.perf_counter()
-    for _ in range(_LAUNCHES):
-        x.add_(1.0)
-    seconds = (time.perf_counter() - begin) / _LAUNCHES
-    bench.wait()
-    return Row({"s": seconds}, f"{_LAUNCHES} additions to one number, on the host")
+    return Row({"s": min(found)}, f"{_LAUNCHES} additions to one number, on the host, the least of {_ROUNDS}")
