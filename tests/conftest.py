@@ -16,8 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests are the CPU's; tests/gpu asks for its own
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs before anything looks for them, but for a session of tests/gpu alone: all other tests are the CPU's."""
+    places = [Path(os.path.abspath(arg.partition("::")[0])) for arg in config.args]
+    if not places or any(ROOT / "tests" / "gpu" not in (place, *place.parents) for place in places):
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.hookimpl(optionalhook=True)

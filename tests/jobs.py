@@ -46,7 +46,8 @@ def write_config(folder: Path, shards: Path, name: str = "run", **sections: dict
         **{key: dict(value) for key, value in SMALL.items()},
     }
     for key, value in sections.items():
-        config[key] = {**config.get(key, {}), **value} if isinstance(value, dict) else value
+        both = isinstance(value, dict) and isinstance(config.get(key), dict)
+        config[key] = {**config[key], **value} if both else value
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

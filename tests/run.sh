@@ -38,7 +38,7 @@ run() {
 
 export OMP_NUM_THREADS=1
 directories=()
-for directory in unit distributed faults gpu; do  # quick ones first
+for directory in unit distributed faults; do  # quick ones first
     if compgen -G "tests/$directory/test_*.py" >/dev/null; then
         directories+=("tests/$directory")
     fi
@@ -50,6 +50,7 @@ if [ "${CI:-}" = true ]; then
 fi
 result=5
 run -n 2 "${directories[@]}" "$@"
+run tests/gpu "$@"  # in a session of their own: GPUs are hidden from the others
 if [ -z "$skipped" ]; then
     run tests/slurm "$@"
 else

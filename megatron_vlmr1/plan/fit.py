@@ -1,8 +1,9 @@
 """A calibration from what was measured: phases of finished runs, and single rates of a benchmark. No torch.
 
-A benchmark says a rate itself, in a JSON list of rows {"name", "unit", "value"} by `RATES`. A finished run says the
-seconds of whole phases; the numbers that explain them best are searched for by damped Gauss-Newton on logarithms
-(D. Marquardt, 1963), held near the numbers that there were by a weak prior: what the runs say nothing about stays.
+A benchmark says a rate itself, in a JSON list of rows {"name", "unit", "value"} by `RATES`, which may be the value of
+"rates" in a document (`tools/bench/gpu.py` writes one). A finished run says the seconds of whole phases; the numbers
+that explain them best are searched for by damped Gauss-Newton on logarithms (D. Marquardt, 1963), held near the numbers
+that there were by a weak prior: what the runs say nothing about stays.
 """
 
 from __future__ import annotations
@@ -133,10 +134,12 @@ def from_benchmark(hardware: Hardware, path: Path) -> Hardware:
     """Return the hardware with the rates that a benchmark measured.
 
     Raises:
-        ValueError: the file is no list of rows {"name", "unit", "value"} by `RATES`; one line.
+        ValueError: the file has no list of rows {"name", "unit", "value"} by `RATES`; one line.
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(rows, dict):
+            rows = rows.get("rates")
         if not isinstance(rows, list) or not rows:
             raise ValueError("there is no row")
         measured = {str(row["name"]): (str(row["unit"]), float(row["value"])) for row in rows}

@@ -57,8 +57,8 @@ class Offloading(Trainer):
         self.policy.settle()
         self.updater.offload.before_step()
         parts = sorted(
-            hashlib.sha256(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).digest()
-            for name, tensor in self.state()
+            hashlib.sha256(name.encode() + copy.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).digest()
+            for name, copy in ((name, tensor.to("cpu", copy=True)) for name, tensor in self.state())
         )
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
