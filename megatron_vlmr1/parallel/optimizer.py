@@ -21,7 +21,11 @@ from megatron_vlmr1.runtime import device
 
 
 def wrap(chunks: Sequence[MegatronModule], mesh: Mesh) -> list[DataParallel]:
-    """Put each chunk's gradients into flat fp32 buffers that are summed over data-parallel ranks."""
+    """Put each chunk's gradients into flat fp32 buffers that are summed over data-parallel ranks.
+
+    Transformer Engine's linear layers, where there are any, add the gradients of their weights to the buffers as they
+    multiply, in fp32.
+    """
     layout = mesh.layout
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -34,6 +38,9 @@ def wrap(chunks: Sequence[MegatronModule], mesh: Mesh) -> list[DataParallel]:
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = _finalize_gradients
         chunk.config.no_sync_func = [each.no_sync for each in ddp] if len(ddp) > 1 else ddp[0].no_sync
+        for module in chunk.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):  # without buffers to add to, its forward pass would fail
+                module.fuse_wgrad_accumulation = True
     return ddp
 
 
