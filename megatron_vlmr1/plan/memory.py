@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vlmr1.config import Config, decoding_layout
+from megatron_vlmr1.config import Config, ParallelConfig, decoding_layout
 from megatron_vlmr1.models import fp8
 from megatron_vlmr1.models.shape import padded
 from megatron_vlmr1.plan.activations import FP32, INDEX, Layer, Widths, chunk_kept, norm
@@ -175,7 +175,8 @@ class _Rank:
     def _rollout(self) -> Parts:
         layout = decoding_layout(self.cfg)
         if layout is None:
-            return Generation(self.cfg, self.shape, self.cfg.parallel, self.stage, self.load, self.item).peak()
+            generation = Generation(self.cfg, self.shape, self.cfg.parallel, self.stage, self.load, self.item)
+            return joined(generation.peak(), self._quantised(self.cfg.parallel, self.stage))
         copies = self.cfg.parallel.ranks_of_a_copy // layout.ranks_of_a_copy
         load = Load(
             -(-self.load.prompts // copies),
@@ -188,8 +189,18 @@ class _Rank:
         for stage in range(layout.pipeline_model_parallel_size):
             held = sum(chunk.parameters for chunk in stage_chunks(self.shape, layout, stage)) * self.item
             generation = Generation(self.cfg, self.shape, layout, stage, load, self.item)
-            moments.append({"decoding copy": held, **generation.peak()})
+            moments.append({"decoding copy": held, **generation.peak(), **self._quantised(layout, stage)})
         return dearest(moments)
+
+    def _quantised(self, layout: ParallelConfig, stage: int) -> Parts:
+        """Return copies of the layers' matrices in FP8, and of one in fp32 where the product is emulated."""
+        if self.cfg.rollout.quantization == "none":
+            return {}
+        sides = fp8.matrices(self.shape.text, layout.tensor_model_parallel_size).values()
+        of_a_layer = sum(rows * columns + rows * FP32 for rows, columns in sides)  # numbers, and a scale for each row
+        layers = sum(chunk.layers for chunk in stage_chunks(self.shape, layout, stage))
+        emulated = max(rows * columns for rows, columns in sides) * FP32 if self.device == "cpu" else 0
+        return {"FP8 copy": of_a_layer * layers, "emulated products": emulated}
 
     def _widths(self) -> Widths:
         return Widths.of(self.shape.text, self.cfg.parallel, self.item)
