@@ -1,4 +1,4 @@
-"""Every setting, validated. A default lives here, or in `data`, `grpo`, `train` and `telemetry`.
+"""Every setting, validated. A default lives here, or in the modules beside it.
 
 A run is described by one YAML file and dotted overrides (``train.steps=5``). Unknown keys are errors that name
 the nearest known key. String literals below a field document it.
@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from megatron_vlmr1.config.data import DataConfig
 from megatron_vlmr1.config.grpo import GrpoConfig
+from megatron_vlmr1.config.optimizer import OptimizerConfig
 from megatron_vlmr1.config.precision import PrecisionConfig
 from megatron_vlmr1.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from megatron_vlmr1.config.telemetry import LaunchConfig, TelemetryConfig
@@ -167,28 +168,6 @@ class RecomputeConfig(Section):
                 raise ValueError(f"recompute.num_layers={unit} does not divide the {layers} layers of a pipeline chunk")
 
 
-class OptimizerConfig(Section):
-    """Adam with decoupled weight decay, through megatron-core's distributed optimizer."""
-
-    lr: PositiveFloat = 1e-6
-    beta1: NonNegativeFloat = 0.9
-    beta2: NonNegativeFloat = 0.999
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    clip_grad: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
-    warmup_steps: NonNegativeInt = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the learning rate after the warm-up, over train.steps."""
-    min_lr_ratio: NonNegativeFloat = 0.0
-    """Last learning rate divided by the first."""
-    offload: Literal["none", "rollout", "always"] = "none"
-    """Where gradients and the optimizer's state (fp32 masters, moments) are while nothing needs them. none: on the
-    device; rollout: until a step's update the gradients' memory is given back, and the state is in host memory, pinned
-    on a GPU; always: the state is there in forward and backward too, and on the device for the optimizer's step and
-    saves alone. The bits are the same; it costs two copies of the state over the bus in a step."""
-
-
 class RolloutConfig(Section):
     """How completions are sampled."""
 
@@ -306,6 +285,15 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.offload=rollout changes nothing: method={self.method} with train.evaluate_every=0 never "
                 "generates; optimizer.offload=always is for training"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _moments_have_their_masters(self) -> Config:
+        if self.optimizer.moments_dtype != "fp32" and self.precision.dtype == "fp32":
+            raise ValueError(
+                f"optimizer.moments_dtype={self.optimizer.moments_dtype} needs precision.dtype=bf16: fp32 parameters "
+                "are their own masters, beside which Transformer Engine's Adam keeps no such moments"
             )
         return self
 

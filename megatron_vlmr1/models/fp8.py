@@ -25,20 +25,28 @@ CUDA: Final = {"delayed": (12, 1), "tensorwise": (12, 1), "blockwise": (12, 9)}
 """Least version of CUDA, from the same places."""
 
 
+def asks_for_engine(cfg: Config) -> str:
+    """Return what of a config needs Transformer Engine; "" for nothing."""
+    if cfg.precision.fp8 != "none":
+        return f"precision.fp8={cfg.precision.fp8}"
+    if cfg.model.spec == "te":
+        return "model.spec=te"
+    moments = cfg.optimizer.moments_dtype
+    return "" if moments == "fp32" else f"optimizer.moments_dtype={moments}"
+
+
 def check_installed(cfg: Config) -> None:
     """Refuse what needs Transformer Engine where it is not installed; it is looked for, never imported.
 
     Raises:
         ValueError: one line that says what to install.
     """
-    fp8 = cfg.precision.fp8
-    if (fp8 == "none" and cfg.model.spec != "te") or importlib.util.find_spec("transformer_engine") is not None:
-        return
-    asked = f"precision.fp8={fp8}" if fp8 != "none" else "model.spec=te"
-    raise ValueError(
-        f"{asked} needs Transformer Engine, which is not installed: on a machine with CUDA, "
-        "pip install --no-build-isolation 'megatron-vlmr1[cuda]'"
-    )
+    asked = asks_for_engine(cfg)
+    if asked and importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError(
+            f"{asked} needs Transformer Engine, which is not installed: on a machine with CUDA, "
+            "pip install --no-build-isolation 'megatron-vlmr1[cuda]'"
+        )
 
 
 def check(cfg: Config, text: TextShape) -> None:

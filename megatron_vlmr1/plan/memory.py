@@ -24,8 +24,9 @@ from megatron_vlmr1.plan.tower import Tower, patches
 Device = Literal["cpu", "cuda"]
 PHASES = ("rollout", "logprobs", "update", "save")
 
-MASTER_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4  # of a parameter: fp32 master, two fp32 moments, fp32 gradient
-STATE_BYTES = MASTER_BYTES + MOMENT_BYTES  # as it is saved, in fp32 training too
+MASTER_BYTES, GRADIENT_BYTES = 4, 4  # of a parameter: fp32 master, fp32 gradient
+MOMENT_BYTES = {"fp32": 8, "bf16": 4, "fp8": 3}  # two moments, by `optimizer.moments_dtype`
+STATE_BYTES = MASTER_BYTES + MOMENT_BYTES["fp32"]  # as it is saved, in fp32 training too
 TILES = {"cpu": (1024, 512), "cuda": (4096, 8192)}  # `models.logprobs.TILES`: positions x tokens of one tile of logits
 CHECKSUM_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 22}  # `parallel.replicas`: weights of a checksum, int64
 # Assumed, not measured here: a CUDA context with its libraries' kernels, NCCL's buffers, and cuBLAS's workspace.
@@ -169,7 +170,8 @@ class _Rank:
     def _offloaded(self, chunks: Sequence[Chunk]) -> tuple[Parts, Parts]:
         """Return what `optimizer.offload` takes away: gradients, and the optimizer's state."""
         buffer = self._buffer(chunks)
-        state = -(-buffer // self.dp) * (MOMENT_BYTES + (MASTER_BYTES if self.item < FP32 else 0))
+        moments = MOMENT_BYTES[self.cfg.optimizer.moments_dtype]
+        state = -(-buffer // self.dp) * (moments + (MASTER_BYTES if self.item < FP32 else 0))
         return {"gradients": buffer * GRADIENT_BYTES}, {"optimizer": state}
 
     def _rollout(self) -> Parts:
@@ -314,16 +316,29 @@ class _Rank:
         """Return what the step takes for a moment.
 
         On a CPU torch's Adam goes tensor by tensor: a root and its quotient. On a GPU its foreach kernels take the
-        roots of all second moments at once; Transformer Engine's and apex's take nothing.
+        roots of all second moments at once; Transformer Engine's and apex's take nothing. For moments that are not in
+        fp32 Transformer Engine's makes copies of all of them that are.
         """
+        if copies := self._moments_in_fp32(chunks):
+            return {"optimizer step": copies}
         if self.device == "cuda":
             return {"optimizer step": -(-self._buffer(chunks) // self.dp) * FP32}
         return {"optimizer step": 2 * max(chunk.largest for chunk in chunks) * FP32}
 
+    def _moments_in_fp32(self, chunks: Sequence[Chunk]) -> int:
+        """Bytes of fp32 copies of both moments, where they are kept in fewer."""
+        if self.cfg.optimizer.moments_dtype == "fp32":
+            return 0
+        return -(-self._buffer(chunks) // self.dp) * MOMENT_BYTES["fp32"]
+
     def _saving(self, chunks: Sequence[Chunk]) -> Parts:
-        """Return the parts of one parameter that the first rank of the tensor-parallel group gathers."""
+        """Return the parts of one parameter that the first rank of the tensor-parallel group gathers.
+
+        With them what dp_reshardable state is saved from: moments in fp32.
+        """
         largest_tensor = max(max((*c.layer, c.embedding, c.output)) for c in chunks)
-        return {"gathered": self.tp * largest_tensor * self.item if self.tp > 1 else 0}
+        gathered = self.tp * largest_tensor * self.item if self.tp > 1 else 0
+        return {"gathered": gathered, "saved moments": self._moments_in_fp32(chunks)}
 
     def _published(self) -> int:
         """Parameters of the whole stage as they are published, neither cut nor padded."""
