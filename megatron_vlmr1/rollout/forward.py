@@ -75,6 +75,7 @@ class Forward:
         self.mesh: Mesh = policy.mesh
         self.text: TextShape = policy.shape.text
         self.chunks = [[_layer(module) for module in chunk.language.decoder.layers] for chunk in policy.chunks]
+        self.quantised = quantised
         if quantised is not None:
             pairs = zip(self.chunks, quantised.refresh(), strict=True)
             self.chunks = [[replace(a, **b._asdict()) for a, b in zip(*pair, strict=True)] for pair in pairs]

@@ -11,6 +11,8 @@ from megatron_vlmr1 import config
 from megatron_vlmr1.config import ParallelConfig
 from megatron_vlmr1.models import fp8
 from megatron_vlmr1.models.families import read_shape
+from megatron_vlmr1.plan.generation import Generation
+from megatron_vlmr1.plan.load import Load
 from megatron_vlmr1.plan.memory import rank_memory
 from megatron_vlmr1.plan.shapes import read_plan_shape
 from megatron_vlmr1.rollout import quantised
@@ -273,3 +275,15 @@ def test_the_plan_counts_the_copy(mesh, directory, rollout):
     assert all(on.peak(phase) == off.peak(phase) for phase in ("logprobs", "update", "save"))
     (emulated,) = rank_memory(cfg, shape, 1, "cpu")
     assert emulated.phases["rollout"]["emulated products"] == 2 * 96 * 64 * 4
+
+
+def test_the_plan_counts_inputs_on_their_way():
+    """The widest input of a product, in fp32 and in e4m3, beside what it was, in place of gate and product in bf16."""
+    layout = ParallelConfig(tensor_model_parallel_size=4, pipeline_model_parallel_size=2)  # two lanes of four prompts
+    shape, load = read_plan_shape("qwen2.5-vl-7b"), []
+    for each in ("fp8", "none"):
+        made = Generation(settings(rollout={"quantization": each}), shape, layout, 0, Load(8, 2, 1000, 100, ()), 2)
+        load.append((made._prefill(made.size())[0]["prefill"], made._tick(made.size())["decoding"]))
+    (prefill, tick), (before, tick_before) = load
+    assert prefill - before == 4000 * 18944 // 4 * (2 + 4 + 1 - 2 * 2)
+    assert tick - tick_before == 8 * 18944 // 4 * (4 + 1)
