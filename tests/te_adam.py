@@ -2,17 +2,21 @@
 
 Written after `transformer_engine/pytorch/optimizers/fused_adam.py` of Transformer Engine 2. The state of a parameter is
 `exp_avg`, `exp_avg_sq` and, with `master_weights`, `master_param`; fp16 and e4m3 ("uint8") have a scale for each
-tensor; gradients are in `decoupled_grad`; a step makes fp32 copies of moments; state is given and taken in fp32.
+tensor; gradients are in `decoupled_grad`; a step makes fp32 copies of moments; state is given and taken in fp32. Where
+the real one can be had, `install` leaves it in its place.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from types import ModuleType
 from typing import Any
 
 import torch
 from packaging.version import Version
+
+from megatron_vlmr1.runtime import device
 
 _LARGEST = {torch.float16: torch.finfo(torch.float16).max / 2, torch.uint8: 448.0}
 
@@ -148,7 +152,9 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def install(monkeypatch: Any) -> None:
-    """Let megatron-core find this Adam where Transformer Engine's would be."""
+    """Let megatron-core find this Adam where Transformer Engine's would be, and is not."""
+    if device.has_cuda() and importlib.util.find_spec("transformer_engine") is not None:
+        return
     from megatron.core import optimizer, utils
     from megatron.core.optimizer import distrib_optimizer
 

@@ -76,7 +76,7 @@ def multiply(
         scales: [1, rows].
         bias: [rows] in bf16.
     """
-    return torch._scaled_mm(x, weight.t(), x_scales, scales, bias=bias, out_dtype=torch.bfloat16)
+    return torch._scaled_mm(x.contiguous(), weight.t(), x_scales, scales, bias=bias, out_dtype=torch.bfloat16)
 
 
 def emulate(

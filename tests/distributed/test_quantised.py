@@ -1,4 +1,4 @@
-"""Generation in FP8 on two tensor-parallel ranks against one: what is the same, and how far the rest is off."""
+"""Generation in FP8 on two ranks against one: what is the same, and how far the rest is off."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def found(checkpoints: Path) -> list[dict[str, torch.Tensor]]:
     ranks.run(2, work_quantised.everything, checkpoints)
     with ranks.alone() as mesh:
         work_quantised.hidden_states(checkpoints, "one", mesh)
+        work_quantised.completions(checkpoints, "alone", mesh)
     return [load_file(checkpoints / f"fp8_{name}.safetensors") for name in ("one_0", "tp2_0", "tp2_1")]
 
 
@@ -53,3 +54,14 @@ def test_two_ranks_are_as_near_to_the_weights_as_one(found, record_property):
     between = float((first["fp8"] - one["fp8"]).norm())
     within(record_property, "between", between / error["one"], 1.0)
     assert error["two"] <= 1.1 * error["one"] and error["one"] > 1e-3 * float(one["exact"].norm())
+
+
+def test_stages_generate_what_one_process_does(found, checkpoints):
+    from tests.distributed.work import read_completions
+
+    stages, alone = (read_completions(checkpoints / f"fp8_{name}.json") for name in ("stages", "alone"))
+    assert stages.keys() == alone.keys() and len(alone) == 6
+    for position, row in alone.items():
+        for ours, expected in zip(stages[position], row, strict=True):
+            assert ours.token_ids.tolist() == expected.token_ids.tolist()
+            assert abs(ours.logprobs - expected.logprobs).max() <= 1e-5

@@ -1,4 +1,4 @@
-"""What ranks do in tests of generation in FP8: one prompt through the layers."""
+"""What ranks do in tests of generation in FP8: one prompt through the layers, and completions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from safetensors.torch import save_file
 from megatron_vlmr1.models.attention import AttentionPlan
 from megatron_vlmr1.models.segments import Segment
 from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.rollout.forward import Forward
 from megatron_vlmr1.rollout.quantised import QuantisedWeights
+from megatron_vlmr1.rollout.sampling import Sampling
+from tests.checkpoints import mixed_prompts
 from tests.distributed import work
 from tests.distributed.ranks import layout
 
@@ -44,7 +47,18 @@ def hidden_states(root: Path, name: str, mesh: Mesh) -> None:
     save_file({key: value.clone() for key, value in out.items()}, root / f"fp8_{name}_{mesh.rank}.safetensors")
 
 
+def completions(root: Path, name: str, mesh: Mesh) -> None:
+    """Generate in FP8, and write it."""
+    prompts = mixed_prompts(root / "untied")
+    engine = Engine(work.load_policy(root / "untied", mesh), str, 10_000, quantization="fp8")
+    rows = engine.generate(prompts, work.GENERATIONS, Sampling(work.MAX_NEW_TOKENS, work.STOPS, seed=3))
+    if mesh.rank == 0:
+        work.write_completions(root / f"fp8_{name}.json", prompts, rows)
+
+
 def everything(root: Path) -> None:
-    """On two tensor-parallel ranks."""
+    """On two tensor-parallel ranks, and on two stages of two virtual ones each."""
     with layout("tp2") as mesh:
         hidden_states(root, "tp2", mesh)
+    with layout("pp2_vp2") as mesh:
+        completions(root, "stages", mesh)

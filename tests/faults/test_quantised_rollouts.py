@@ -24,3 +24,4 @@ def test_the_gap_is_reported_and_weighed(tmp_path: Path) -> None:
         assert 1e-2 <= row["rollout/logprob_gap"] <= 2.0  # without, it is at most 1e-4
         assert 0.0 < row["grpo/tis_capped_frac"] < 0.5
         assert row["train/skipped"] == 0.0
+    assert json.loads((tmp_path / "run" / "facts.json").read_text())["adam"] == "torch"
