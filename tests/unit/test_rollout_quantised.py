@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.config import ParallelConfig
@@ -19,6 +19,7 @@ from megatron_vlmr1.rollout import quantised
 from megatron_vlmr1.rollout.decoding_copy import CopyEngine
 from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.rollout.sampling import Sampling
+from megatron_vlmr1.runtime import device
 from tests import recipes
 from tests.checkpoints import banned_ids, mixed_prompts, plain_model, write_random_checkpoint
 from tests.distributed import plain, ranks, work
@@ -99,15 +100,23 @@ def test_a_product(bias):
 @pytest.mark.parametrize(("size", "tp"), [("3b", 1), ("7b", 4), ("32b", 8), ("72b", 8)])
 def test_what_a_gpu_would_be_given(size, tp):
     """torch's own checks of layouts, shapes and types for CUDA, at the sides of published models' matrices."""
-    with FakeTensorMode():
-        for rows, columns in fp8.matrices(read_shape(recipes.published(size)).text, tp).values():
-            for tokens in (1, 8, 200):
-                x = torch.empty(tokens, columns, dtype=torch.bfloat16, device="cuda")
-                weight = torch.empty(rows, columns, dtype=quantised.E4M3, device="cuda")
-                scales = torch.empty(1, rows, device="cuda")
-                bias = torch.empty(rows, dtype=torch.bfloat16, device="cuda")
+    device.prepare_megatron()  # from here on "cuda" means the CPU wherever tensors are made
+    mode = FakeTensorMode()
+
+    def on_a_gpu(*sides: int, dtype: torch.dtype) -> torch.Tensor:
+        return FakeTensor(mode, torch.empty(sides, dtype=dtype, device="meta"), torch.device("cuda", 0))
+
+    for rows, columns in fp8.matrices(read_shape(recipes.published(size)).text, tp).values():
+        for tokens in (1, 8, 200):
+            x = on_a_gpu(tokens, columns, dtype=torch.bfloat16)
+            weight = on_a_gpu(rows, columns, dtype=quantised.E4M3)
+            scales, bias = on_a_gpu(1, rows, dtype=torch.float32), on_a_gpu(rows, dtype=torch.bfloat16)
+            with mode:
                 out = quantised.multiply(*quantised.quantise(x), weight, scales, bias)
-                assert out.shape == (tokens, rows) and out.dtype == torch.bfloat16 and out.is_cuda
+            assert out.shape == (tokens, rows) and out.dtype == torch.bfloat16 and out.is_cuda
+    with mode, pytest.raises(RuntimeError, match="divisible by 16"):
+        odd = on_a_gpu(8, 100, dtype=quantised.E4M3), on_a_gpu(8, 1, dtype=torch.float32)
+        quantised.multiply(*odd, on_a_gpu(32, 100, dtype=quantised.E4M3), on_a_gpu(1, 32, dtype=torch.float32), None)
 
 
 @pytest.fixture(scope="module")
