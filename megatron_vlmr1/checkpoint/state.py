@@ -30,6 +30,7 @@ from megatron_vlmr1.checkpoint.staging import Staging
 from megatron_vlmr1.config import ParallelConfig
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.models.shape import padded
+from megatron_vlmr1.parallel.optimizer import initialise
 from megatron_vlmr1.runtime import device, distributed
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def stage(
     writes.add(partial(_write_generators, _generators(), directory / f"rng_{rank:05d}.safetensors"))
     if remembered := scaling.remembered(policy.chunks):
         writes.add(partial(scaling.write, remembered, policy.mesh, scaling.path(directory, rank)))
-    _initialise(optimizer)  # there may have been no step yet
+    initialise(optimizer)  # there may have been no step yet
     return Sharded(_sharded(policy, optimizer, kind, is_loading=False), optimizer_directory, writes, staging)
 
 
@@ -119,7 +120,7 @@ def load(policy: Policy, optimizer: MegatronOptimizer, directory: Path) -> dict[
         ValueError: the state is not what `save` writes, or does not fit this layout; one line.
     """
     source = directory / "optimizer"
-    _initialise(optimizer)
+    initialise(optimizer)
     with guarded(source) as metadata:
         progress = _read_progress(directory / "progress.json")
         kind = _kind(metadata, source)
@@ -259,17 +260,22 @@ def _clear_padding(param_state: dict[Any, Any]) -> None:
                     value.data.zero_()
 
 
-def _initialise(optimizer: MegatronOptimizer) -> None:
-    """Give torch's Adam its state before the first step: megatron-core 0.16 reads "step" from it."""
-    (inner,) = optimizer.chained_optimizers
-    if isinstance(inner.optimizer, torch.optim.Adam | torch.optim.AdamW) and not inner.optimizer.state:
-        for group in inner.optimizer.param_groups:
-            for parameter in group["params"]:
-                inner.optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+@contextmanager
+def _tensors_alone(inner: Any) -> Iterator[None]:
+    """Let an optimizer be given what it keeps of a parameter, without what else was saved of that.
+
+    megatron-core 0.16 hands Adam with moments in fewer bytes the place in the buffer and whether it is padding, too.
+    """
+    give = inner._set_main_param_and_optimizer_states
+
+    def given(parameter: torch.nn.Parameter, saved: dict[str, Any]) -> None:
+        give(parameter, {name: value for name, value in saved.items() if isinstance(value, torch.Tensor)})
+
+    inner._set_main_param_and_optimizer_states = given
+    try:
+        yield
+    finally:
+        del inner._set_main_param_and_optimizer_states
 
 
 @torch.no_grad()
@@ -285,7 +291,8 @@ def _restore(optimizer: MegatronOptimizer, state: dict[str, Any], kind: str) -> 
     optimizer.load_state_dict(state)
     torch_state = [s for s in inner.optimizer.state.values() if isinstance(s.get("step"), torch.Tensor)]
     steps = [s.pop("step").clone() for s in torch_state]
-    getattr(inner, f"load_parameter_state_from_{kind}")(param_state)
+    with _tensors_alone(inner):
+        getattr(inner, f"load_parameter_state_from_{kind}")(param_state)
     for parameter_state, step in zip(torch_state, steps, strict=True):
         parameter_state["step"] = step
 

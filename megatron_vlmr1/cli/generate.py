@@ -97,7 +97,7 @@ def _answer(args: argparse.Namespace, cfg: Config) -> dict[str, Any] | None:
         sampling = actor.greedy() if args.greedy else actor.sampling(cfg.seed)
         if args.ignore_eos:
             sampling = replace(sampling, stop_ids=frozenset())
-        ((completion,),) = actor.engine.generate([prompt], 1, sampling)
+        ((completion,),) = actor.answers([prompt], sampling)
         if mesh.rank != 0:
             return None
     return {

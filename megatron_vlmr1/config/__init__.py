@@ -2,14 +2,14 @@
 
 from megatron_vlmr1.config.data import DataConfig, SourceConfig
 from megatron_vlmr1.config.files import dump, flat, load, load_section, merged, parse, parse_saved, parse_section
+from megatron_vlmr1.config.grpo import GrpoConfig
+from megatron_vlmr1.config.optimizer import OptimizerConfig
 from megatron_vlmr1.config.precision import PrecisionConfig
 from megatron_vlmr1.config.settings import (
     Config,
     DebugConfig,
     EvaluateConfig,
-    GrpoConfig,
     ModelConfig,
-    OptimizerConfig,
     ParallelConfig,
     RecomputeConfig,
     RewardsConfig,

@@ -1,4 +1,4 @@
-"""Every setting, validated. A default lives here, or in `data`, `train` and `telemetry`.
+"""Every setting, validated. A default lives here, or in the modules beside it.
 
 A run is described by one YAML file and dotted overrides (``train.steps=5``). Unknown keys are errors that name
 the nearest known key. String literals below a field document it.
@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_vlmr1.config.data import DataConfig
+from megatron_vlmr1.config.grpo import GrpoConfig
+from megatron_vlmr1.config.optimizer import OptimizerConfig
 from megatron_vlmr1.config.precision import PrecisionConfig
 from megatron_vlmr1.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from megatron_vlmr1.config.telemetry import LaunchConfig, TelemetryConfig
@@ -166,28 +168,6 @@ class RecomputeConfig(Section):
                 raise ValueError(f"recompute.num_layers={unit} does not divide the {layers} layers of a pipeline chunk")
 
 
-class OptimizerConfig(Section):
-    """Adam with decoupled weight decay, through megatron-core's distributed optimizer."""
-
-    lr: PositiveFloat = 1e-6
-    beta1: NonNegativeFloat = 0.9
-    beta2: NonNegativeFloat = 0.999
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    clip_grad: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
-    warmup_steps: NonNegativeInt = 0
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the learning rate after the warm-up, over train.steps."""
-    min_lr_ratio: NonNegativeFloat = 0.0
-    """Last learning rate divided by the first."""
-    offload: Literal["none", "rollout", "always"] = "none"
-    """Where gradients and the optimizer's state (fp32 masters, moments) are while nothing needs them. none: on the
-    device; rollout: until a step's update the gradients' memory is given back, and the state is in host memory, pinned
-    on a GPU; always: the state is there in forward and backward too, and on the device for the optimizer's step and
-    saves alone. The bits are the same; it costs two copies of the state over the bus in a step."""
-
-
 class RolloutConfig(Section):
     """How completions are sampled."""
 
@@ -211,45 +191,10 @@ class RolloutConfig(Section):
     """Tokens of key/value cache per rank; completions wait until they fit."""
     max_prefill_tokens: PositiveInt = 32_768
     """Packed prompt tokens of one forward pass of the rollout; a single longer prompt gets one of its own."""
-
-
-# Clip ranges (epsilon_low, epsilon_high) of the algorithms that need other ones than GRPO's.
-_CLIP_RANGES = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}
-
-
-class GrpoConfig(Section):
-    """Group relative policy optimisation; the defaults are VLM-R1's (arXiv 2504.07615, section 3)."""
-
-    algorithm: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"] = "grpo"
-    """Advantage, loss and average, as `grpo/algorithms.py` lists them with their papers. All else is set apart:
-    dr_grpo, dapo, gspo and cispo are published with beta 0, dapo with dynamic sampling and an overlong buffer."""
-    beta: NonNegativeFloat = 0.04
-    """Weight of the KL term; 0 needs no reference model."""
-    epsilon_low: PositiveFloat = 0.2
-    """How far below one the ratio counts. Empty: 0.2; gspo 0.0003; cispo 1.0, which is no bound."""
-    epsilon_high: PositiveFloat = 0.2
-    """How far above one the ratio counts. Empty: 0.2; dapo 0.28; gspo 0.0004; cispo 4.0 (the cap 5 of arXiv 2510.13786,
-    its own paper names none)."""
-    num_iterations: PositiveInt = 1
-    """Optimizer steps on each batch of completions."""
-    truncated_importance: PositiveFloat | None = None
-    """Weigh each token's loss by min(p_train / p_rollout, this), which corrects a gap between the log-probs of the
-    rollout and of training; empty switches it off."""
-    dynamic_sampling_rounds: NonNegativeInt = 0
-    """Train only on groups whose scores differ, and draw train.prompts_per_step further prompts until as many such
-    groups are found, in at most so many rounds a step, the first included; 0 trains on every group of one round."""
-    overlong_buffer_tokens: NonNegativeInt = 0
-    """A completion's score falls linearly by up to 1 over the last so many of rollout.max_new_tokens; 0 never."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _clip_range_of_the_algorithm(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        empty = {key for key in ("epsilon_low", "epsilon_high") if raw.get(key) is None}
-        given = {key: value for key, value in raw.items() if key not in empty}
-        own = _CLIP_RANGES.get(str(raw.get("algorithm")))
-        return given if own is None else {"epsilon_low": own[0], "epsilon_high": own[1], **given}
+    quantization: Literal["none", "fp8"] = "none"
+    """What completions that are trained on are sampled with. fp8: copies of the layers' matrices in e4m3 with a scale
+    for each row, made after each update, and inputs with a scale for each token; on CPUs, on GPUs before Hopper and in
+    fp32 the same numbers are emulated, which saves no time. Needs grpo.truncated_importance; never in evaluation."""
 
 
 class RewardsConfig(Section):
@@ -344,9 +289,32 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _moments_have_their_masters(self) -> Config:
+        if self.optimizer.moments_dtype != "fp32" and self.precision.dtype == "fp32":
+            raise ValueError(
+                f"optimizer.moments_dtype={self.optimizer.moments_dtype} needs precision.dtype=bf16: fp32 parameters "
+                "are their own masters, beside which Transformer Engine's Adam keeps no such moments"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fp8_has_its_layers(self) -> Config:
         if self.precision.fp8 != "none" and self.model.spec == "torch":
             raise ValueError(f"precision.fp8={self.precision.fp8} needs model.spec=te or auto: torch computes no FP8")
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_rollouts_are_corrected(self) -> Config:
+        if self.rollout.quantization == "none":
+            return self
+        chosen = f"rollout.quantization={self.rollout.quantization}"
+        if self.method != "grpo":
+            raise ValueError(f"{chosen} changes nothing: method={self.method} samples no completions to train on")
+        if self.grpo.truncated_importance is None:
+            raise ValueError(
+                f"{chosen} samples by other probabilities than those that are trained: set grpo.truncated_importance, "
+                "to 2.0 say, which weighs the difference"
+            )
         return self
 
     @model_validator(mode="after")

@@ -61,7 +61,7 @@ def evaluate(actor: Actor, judges: Judges, shards: ShardSet, cfg: Config, mesh: 
     for batch, damaged in _batches(shards, builder, total, cfg, mesh):
         sums["damaged"] += damaged
         prompts = [prompt for prompt, _ in batch]
-        answered = actor.engine.generate(prompts, 1, actor.greedy())
+        answered = actor.answers(prompts, actor.greedy())
         groups = judges.measure([Group(prompt, found) for prompt, found in zip(prompts, answered, strict=True)])
         for group, (_, sample) in zip(groups, batch, strict=True):
             sums["samples"] += 1
@@ -168,9 +168,7 @@ def _score_sampled(
     actor: Actor, judges: Judges, prompts: list[Prompt], cfg: Config, sums: dict[str, float], rows: list[dict[str, Any]]
 ) -> None:
     sampling = actor.sampling(cfg.seed)
-    answers = actor.engine.generate(
-        prompts, 1, sampling, lambda i, j, completion: judges.submit(i, j, prompts[i], completion)
-    )
+    answers = actor.answers(prompts, sampling, lambda i, j, completion: judges.submit(i, j, prompts[i], completion))
     groups = [Group(prompt, completions) for prompt, completions in zip(prompts, answers, strict=True)]
     by_position = {row["index"]: row for row in rows[-len(prompts) :]}
     for group in judges.collect(groups):

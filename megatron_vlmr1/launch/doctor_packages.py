@@ -88,8 +88,16 @@ def _imports() -> Iterator[Line]:
     yield _transformer_engine(has_cuda)
     apex = importlib.util.find_spec("amp_C") is not None  # NVIDIA's kernels; `apex` of PyPI is another project
     yield Line("apex", "ok" if apex else "missing", "NVIDIA's kernels", "" if apex else _APEX)
+    yield Line("Adam", "ok", _adam(has_cuda, apex))
     if has_cuda or importlib.util.find_spec("transformer_engine") is None:
         yield _imported("megatron.core")
+
+
+def _adam(has_cuda: bool, apex: bool) -> str:
+    """Return which one megatron-core takes: the first that it can import."""
+    if has_cuda and importlib.util.find_spec("transformer_engine") is not None:
+        return "Transformer Engine's, fused"
+    return "apex's, fused" if apex else "torch's"
 
 
 _APEX = "nothing on a CPU; on GPUs fused Adam is quicker: use NVIDIA's PyTorch image (Dockerfile)"

@@ -2,9 +2,10 @@
 
 Transformer Engine multiplies FP8 matrices only if rows are a multiple of 8 and columns of 16 (its
 `assert_dim_for_fp8_exec`). Forward, both gradients and their transposes have each side of a weight, and the tokens, as
-columns once, so all of them are multiples of 16, as megatron-core's `get_fp8_align_size` has it. Blocks of 128 need not
-be full: the last one of a side covers what is left (`Float8BlockQuantizer.get_scale_shape` rounds up, and Transformer
-Engine's own tests multiply 320 x 64 by 64 x 336 in blocks).
+columns once, so all of them are multiples of 16, as megatron-core's `get_fp8_align_size` has it. So are both sides of
+a weight that generation multiplies, but not its tokens (torch's `_scaled_mm`). Blocks of 128 need not be full: the last
+one of a side covers what is left (`Float8BlockQuantizer.get_scale_shape` rounds up, and Transformer Engine's own tests
+multiply 320 x 64 by 64 x 336 in blocks).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Final
 
-from megatron_vlmr1.config import Config, ParallelConfig
+from megatron_vlmr1.config import Config, ParallelConfig, decoding_layout
 from megatron_vlmr1.config.rules import FP8_MULTIPLE, token_multiple
 from megatron_vlmr1.models.shape import TextShape, padded
 
@@ -24,20 +25,28 @@ CUDA: Final = {"delayed": (12, 1), "tensorwise": (12, 1), "blockwise": (12, 9)}
 """Least version of CUDA, from the same places."""
 
 
+def asks_for_engine(cfg: Config) -> str:
+    """Return what of a config needs Transformer Engine; "" for nothing."""
+    if cfg.precision.fp8 != "none":
+        return f"precision.fp8={cfg.precision.fp8}"
+    if cfg.model.spec == "te":
+        return "model.spec=te"
+    moments = cfg.optimizer.moments_dtype
+    return "" if moments == "fp32" else f"optimizer.moments_dtype={moments}"
+
+
 def check_installed(cfg: Config) -> None:
     """Refuse what needs Transformer Engine where it is not installed; it is looked for, never imported.
 
     Raises:
         ValueError: one line that says what to install.
     """
-    fp8 = cfg.precision.fp8
-    if (fp8 == "none" and cfg.model.spec != "te") or importlib.util.find_spec("transformer_engine") is not None:
-        return
-    asked = f"precision.fp8={fp8}" if fp8 != "none" else "model.spec=te"
-    raise ValueError(
-        f"{asked} needs Transformer Engine, which is not installed: on a machine with CUDA, "
-        "pip install --no-build-isolation 'megatron-vlmr1[cuda]'"
-    )
+    asked = asks_for_engine(cfg)
+    if asked and importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError(
+            f"{asked} needs Transformer Engine, which is not installed: on a machine with CUDA, "
+            "pip install --no-build-isolation 'megatron-vlmr1[cuda]'"
+        )
 
 
 def check(cfg: Config, text: TextShape) -> None:
@@ -47,15 +56,13 @@ def check(cfg: Config, text: TextShape) -> None:
         ValueError: one line that names the key, and what fits.
     """
     fp8, parallel = cfg.precision.fp8, cfg.parallel
+    if cfg.rollout.quantization == "fp8":
+        decoding = decoding_layout(cfg)
+        section, layout = ("parallel", parallel) if decoding is None else ("rollout", decoding)
+        _check_sides("rollout.quantization=fp8", section, layout, text)
     if fp8 == "none":
         return
-    tp = parallel.tensor_model_parallel_size
-    if problem := misfit(text, tp):
-        fitting = ", ".join(str(size) for size in tensor_sizes(text) if not misfit(text, size))
-        raise ValueError(
-            f"precision.fp8={fp8} at parallel.tensor_model_parallel_size={tp}: {problem}; tensor-parallel sizes that "
-            f"fit: {fitting or 'none'}"
-        )
+    _check_sides(f"precision.fp8={fp8}", "parallel", parallel, text)
     multiple = token_multiple(cfg.precision, parallel)
     if cfg.train.micro_batch_tokens < multiple:
         raise ValueError(
@@ -69,6 +76,16 @@ def check(cfg: Config, text: TextShape) -> None:
                 f"precision.{key}={getattr(cfg.precision, key)} is more than megatron-core takes: at most the {most} "
                 "layers of a pipeline stage"
             )
+
+
+def _check_sides(asked: str, section: str, layout: ParallelConfig, text: TextShape) -> None:
+    tp = layout.tensor_model_parallel_size
+    if problem := misfit(text, tp):
+        fitting = ", ".join(str(size) for size in tensor_sizes(text) if not misfit(text, size))
+        raise ValueError(
+            f"{asked} at {section}.tensor_model_parallel_size={tp}: {problem}; tensor-parallel sizes that fit: "
+            f"{fitting or 'none'}"
+        )
 
 
 def matrices(text: TextShape, tp: int) -> dict[str, tuple[int, int]]:
@@ -88,7 +105,7 @@ def misfit(text: TextShape, tp: int) -> str:
     for name, (rows, columns) in matrices(text, tp).items():
         if rows % FP8_MULTIPLE or columns % FP8_MULTIPLE:
             return (
-                f"{name}.weight is {rows} x {columns} on a rank, but Transformer Engine takes sides that are "
+                f"{name}.weight is {rows} x {columns} on a rank, but products in FP8 take sides that are "
                 f"multiples of {FP8_MULTIPLE}"
             )
     return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,10 +44,12 @@ def transformer_config(
     dtype: torch.dtype,
     recompute: RecomputeConfig,
     precision: PrecisionConfig | None = None,
+    spec: Literal["torch", "te"] = "torch",
 ) -> TransformerConfig:
     """Return megatron-core's configuration of the language model on this mesh.
 
-    Of `precision` only what is about FP8 is read; None computes none.
+    Of `precision` only what is about FP8 is read; None computes none. `spec` is that of the layers, as in
+    `models.specs`: with Transformer Engine's modules go fused kernels.
 
     Raises:
         ValueError: this megatron-core has no such FP8 option.
@@ -85,11 +87,12 @@ def transformer_config(
         calculate_per_token_loss=True,  # losses arrive normalised: the schedule must not scale them
         variable_seq_lengths=True,  # packed micro-batches differ in length
         moe_token_dispatcher_type="alltoall",  # megatron-core asks for it with variable_seq_lengths
+        # It would be the output layer's as well, which asks for apex then; `parallel.optimizer.wrap` sets the others'.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=spec == "te",  # silu(gate) * up: one kernel forward, one backward
         bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=spec == "te",
         deallocate_pipeline_outputs=False,
         **recompute.megatron_core(),
         **_fp8(precision or PrecisionConfig()),

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_vlmr1.config import Config, PrecisionConfig
 from megatron_vlmr1.models.attention import CoreAttention
-from megatron_vlmr1.models.fp8 import CAPABILITY, CUDA, check_installed
+from megatron_vlmr1.models.fp8 import CAPABILITY, CUDA, asks_for_engine, check_installed
 from megatron_vlmr1.models.layers import RMSNorm
 from megatron_vlmr1.runtime import device
 
@@ -41,8 +41,7 @@ def layers(cfg: Config) -> Layers:
     check_installed(cfg)
     spec, fp8 = cfg.model.spec, cfg.precision.fp8
     usable = device.has_cuda() and importlib.util.find_spec("transformer_engine") is not None
-    if (spec == "te" or fp8 != "none") and not device.has_cuda():
-        asked = f"precision.fp8={fp8}" if fp8 != "none" else "model.spec=te"
+    if (asked := asks_for_engine(cfg)) and not device.has_cuda():
         raise ValueError(f"{asked}: Transformer Engine needs a GPU, and this rank has no CUDA")
     if fp8 != "none" and (found := device.capability()) < CAPABILITY[fp8]:
         have, need = (".".join(map(str, pair)) for pair in (found, CAPABILITY[fp8]))

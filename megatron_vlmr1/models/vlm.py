@@ -66,7 +66,7 @@ class VlmModel(MegatronModule):
         layers: Layers | None = None,
     ) -> None:
         layers = layers or Layers()
-        config = transformer_config(shape.text, mesh, dtype, recompute, layers.precision)
+        config = transformer_config(shape.text, mesh, dtype, recompute, layers.precision, layers.spec)
         super().__init__(config=config)
         self.shape, self.mesh, self.dtype = shape, mesh, dtype
         self.model_type = ModelType.encoder_or_decoder

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_vlmr1.parallel import optimizer as parallel_optimizer
 from megatron_vlmr1.parallel.overlap import DataParallel
 from megatron_vlmr1.runtime import device
 
@@ -88,22 +89,12 @@ class Offload:
     def _storages(self) -> Iterator[tuple[str, torch.UntypedStorage]]:
         """Yield each storage of the optimizer's state once, with a name that stays; not those of the parameters."""
         seen = {buffer.param_data.untyped_storage()._cdata for chunk in self._ddp for buffer in chunk.buffers}
-        for key, tensor in self._tensors():
-            storage = tensor.untyped_storage()
-            if tensor.dim() and storage._cdata not in seen:  # torch's Adam counts steps in tensors without dimensions
-                seen.add(storage._cdata)
-                yield key, storage
-
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for i, inner in enumerate(self._optimizer.chained_optimizers):
-            if inner.is_stub_optimizer:
-                continue
-            masters = [p for group in inner.optimizer.param_groups for p in group["params"]]
-            for j, master in enumerate(masters):
-                yield f"{i} {j} master", master
-                for name, value in inner.optimizer.state.get(master, {}).items():
-                    if isinstance(value, torch.Tensor):
-                        yield f"{i} {j} {name}", value
+        for i, (_, state) in enumerate(parallel_optimizer.states(self._optimizer)):
+            for name, tensor in state.items():
+                storage = tensor.untyped_storage()
+                if storage._cdata not in seen:
+                    seen.add(storage._cdata)
+                    yield f"{i} {name}", storage
 
 
 def _content(storage: torch.UntypedStorage) -> torch.Tensor:

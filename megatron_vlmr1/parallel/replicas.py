@@ -23,6 +23,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_vlmr1.errors import STOPPED, RunStopped
 from megatron_vlmr1.parallel.exchange import gather_numbers
 from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.parallel.optimizer import states
 from megatron_vlmr1.runtime import device, distributed
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
@@ -88,18 +89,12 @@ class Replicas:
 
     def _optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield this rank's masters and moments, with their names."""
-        for inner in self._optimizer.chained_optimizers:
-            if inner.is_stub_optimizer:
-                continue
-            models = [p for group in inner.model_float16_groups + inner.model_fp32_groups for p in group]
-            masters = [t for g in inner.shard_fp32_from_float16_groups + inner.shard_fp32_groups for t in g]
-            for parameter, master in zip(models, masters, strict=True):
-                name = self._name_of[id(parameter)]
-                assert master.untyped_storage().nbytes() or not master.numel(), "it was moved to host memory"
-                yield f"the fp32 master of {name}", master
-                moments = inner.optimizer.state.get(master, {})
-                for kind in _MOMENTS:  # zeros before the first step, whether they are there yet or not
-                    yield f"{kind} of {name}", moments.get(kind, master.new_zeros(1))
+        for parameter, state in states(self._optimizer):
+            name, master = self._name_of[id(parameter)], state["master"]
+            assert master.untyped_storage().nbytes() or not master.numel(), "it was moved to host memory"
+            yield f"the fp32 master of {name}", master
+            for kind in _MOMENTS:  # zeros before the first step, whether they are there yet or not
+                yield f"{kind} of {name}", state.get(kind, master.new_zeros(1))
 
     def _gathered(self, digests: torch.Tensor, changed: bool) -> list[list[int]]:
         """Return every rank's (tp_rank, pp_rank, dp_rank, digest, digest of what is not split, changed)."""

@@ -96,7 +96,7 @@ class Generation:
         w, rows = self._widths(), batch.tokens
         layer = Layer(w, batch)
         held = rows * (w.fused + 2 * w.ffn) * self.item  # of the layer before, whose names still hold them
-        wide = 2 * rows * w.ffn * self.item
+        wide = max(2 * rows * w.ffn * self.item, rows * w.ffn * self.item + self._quantised(rows))
         turned = 2 * rows * w.fused * self.item + layer.core
         moments: list[Parts] = [
             {"prefill": 2 * layer.input + held + max(wide, turned) + self._factors(rows) + layer.plan}
@@ -110,9 +110,14 @@ class Generation:
         load, w, rows = self.load, self._widths(), size.rows
         keys = load.prompt_tokens + load.new_tokens
         attended = rows * w.heads * (2 * keys * self.item + keys * FP32) + rows * (w.fused + 4 * w.ffn) * self.item
+        attended += self._quantised(rows)
         if self.stage < self.layout.pipeline_model_parallel_size - 1:
             return {"decoding": attended}
         return dearest([{"decoding": attended}, {"logits": rows * self._drawn()}])
+
+    def _quantised(self, rows: int) -> int:
+        """Bytes of the widest input of a product on its way to FP8: divided by its scales in fp32, and in e4m3."""
+        return rows * self._widths().ffn * (FP32 + 1) if self.cfg.rollout.quantization == "fp8" else 0
 
     def _drawn(self) -> int:
         """Bytes of logits and what comes of them, of one row (`rollout.sampling`, `rollout.filters`).

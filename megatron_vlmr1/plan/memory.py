@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from megatron_vlmr1.config import Config, decoding_layout
+from megatron_vlmr1.config import Config, ParallelConfig, decoding_layout
 from megatron_vlmr1.models import fp8
 from megatron_vlmr1.models.shape import padded
 from megatron_vlmr1.plan.activations import FP32, INDEX, Layer, Widths, chunk_kept, norm
@@ -24,8 +24,9 @@ from megatron_vlmr1.plan.tower import Tower, patches
 Device = Literal["cpu", "cuda"]
 PHASES = ("rollout", "logprobs", "update", "save")
 
-MASTER_BYTES, MOMENT_BYTES, GRADIENT_BYTES = 4, 8, 4  # of a parameter: fp32 master, two fp32 moments, fp32 gradient
-STATE_BYTES = MASTER_BYTES + MOMENT_BYTES  # as it is saved, in fp32 training too
+MASTER_BYTES, GRADIENT_BYTES = 4, 4  # of a parameter: fp32 master, fp32 gradient
+MOMENT_BYTES = {"fp32": 8, "bf16": 4, "fp8": 3}  # two moments, by `optimizer.moments_dtype`
+STATE_BYTES = MASTER_BYTES + MOMENT_BYTES["fp32"]  # as it is saved, in fp32 training too
 TILES = {"cpu": (1024, 512), "cuda": (4096, 8192)}  # `models.logprobs.TILES`: positions x tokens of one tile of logits
 CHECKSUM_NUMBERS = {"cpu": 1 << 16, "cuda": 1 << 22}  # `parallel.replicas`: weights of a checksum, int64
 # Assumed, not measured here: a CUDA context with its libraries' kernels, NCCL's buffers, and cuBLAS's workspace.
@@ -169,21 +170,33 @@ class _Rank:
     def _offloaded(self, chunks: Sequence[Chunk]) -> tuple[Parts, Parts]:
         """Return what `optimizer.offload` takes away: gradients, and the optimizer's state."""
         buffer = self._buffer(chunks)
-        state = -(-buffer // self.dp) * (MOMENT_BYTES + (MASTER_BYTES if self.item < FP32 else 0))
+        moments = MOMENT_BYTES[self.cfg.optimizer.moments_dtype]
+        state = -(-buffer // self.dp) * (moments + (MASTER_BYTES if self.item < FP32 else 0))
         return {"gradients": buffer * GRADIENT_BYTES}, {"optimizer": state}
 
     def _rollout(self) -> Parts:
         layout = decoding_layout(self.cfg)
         if layout is None:
-            return Generation(self.cfg, self.shape, self.cfg.parallel, self.stage, self.load, self.item).peak()
+            generation = Generation(self.cfg, self.shape, self.cfg.parallel, self.stage, self.load, self.item)
+            return joined(generation.peak(), self._quantised(self.cfg.parallel, self.stage))
         copies = self.cfg.parallel.ranks_of_a_copy // layout.ranks_of_a_copy
         load = replace(self.load, prompts=-(-self.load.prompts // copies))
         moments = []
         for stage in range(layout.pipeline_model_parallel_size):
             held = sum(chunk.parameters for chunk in stage_chunks(self.shape, layout, stage)) * self.item
             generation = Generation(self.cfg, self.shape, layout, stage, load, self.item)
-            moments.append({"decoding copy": held, **generation.peak()})
+            moments.append({"decoding copy": held, **generation.peak(), **self._quantised(layout, stage)})
         return dearest(moments)
+
+    def _quantised(self, layout: ParallelConfig, stage: int) -> Parts:
+        """Return copies of the layers' matrices in FP8, and of one in fp32 where the product is emulated."""
+        if self.cfg.rollout.quantization == "none":
+            return {}
+        sides = fp8.matrices(self.shape.text, layout.tensor_model_parallel_size).values()
+        of_a_layer = sum(rows * columns + rows * FP32 for rows, columns in sides)  # numbers, and a scale for each row
+        layers = sum(chunk.layers for chunk in stage_chunks(self.shape, layout, stage))
+        emulated = max(rows * columns for rows, columns in sides) * FP32 if self.device == "cpu" else 0
+        return {"FP8 copy": of_a_layer * layers, "emulated products": emulated}
 
     def _widths(self) -> Widths:
         return Widths.of(self.shape.text, self.cfg.parallel, self.item)
@@ -297,16 +310,29 @@ class _Rank:
         """Return what the step takes for a moment.
 
         On a CPU torch's Adam goes tensor by tensor: a root and its quotient. On a GPU its foreach kernels take the
-        roots of all second moments at once; Transformer Engine's and apex's take nothing.
+        roots of all second moments at once; Transformer Engine's and apex's take nothing. For moments that are not in
+        fp32 Transformer Engine's makes copies of all of them that are.
         """
+        if copies := self._moments_in_fp32(chunks):
+            return {"optimizer step": copies}
         if self.device == "cuda":
             return {"optimizer step": -(-self._buffer(chunks) // self.dp) * FP32}
         return {"optimizer step": 2 * max(chunk.largest for chunk in chunks) * FP32}
 
+    def _moments_in_fp32(self, chunks: Sequence[Chunk]) -> int:
+        """Bytes of fp32 copies of both moments, where they are kept in fewer."""
+        if self.cfg.optimizer.moments_dtype == "fp32":
+            return 0
+        return -(-self._buffer(chunks) // self.dp) * MOMENT_BYTES["fp32"]
+
     def _saving(self, chunks: Sequence[Chunk]) -> Parts:
-        """Return the parts of one parameter that the first rank of the tensor-parallel group gathers."""
+        """Return the parts of one parameter that the first rank of the tensor-parallel group gathers.
+
+        With them what dp_reshardable state is saved from: moments in fp32.
+        """
         largest_tensor = max(max((*c.layer, c.embedding, c.output)) for c in chunks)
-        return {"gathered": self.tp * largest_tensor * self.item if self.tp > 1 else 0}
+        gathered = self.tp * largest_tensor * self.item if self.tp > 1 else 0
+        return {"gathered": gathered, "saved moments": self._moments_in_fp32(chunks)}
 
     def _published(self) -> int:
         """Parameters of the whole stage as they are published, neither cut nor padded."""

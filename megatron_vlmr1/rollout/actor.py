@@ -19,9 +19,10 @@ from megatron_vlmr1.models.specs import layers
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.rollout.decoding_copy import CopyEngine
 from megatron_vlmr1.rollout.engine import Engine
+from megatron_vlmr1.rollout.lane import OnFinish
 from megatron_vlmr1.rollout.sampling import Sampling
 from megatron_vlmr1.runtime import device
-from megatron_vlmr1.types import IntArray
+from megatron_vlmr1.types import Completion, IntArray, Prompt
 
 
 class Actor:
@@ -54,7 +55,7 @@ class Actor:
         self.policy = Policy(shape, mesh, dtype, banned, freeze, cfg.recompute, layers(cfg))
         self.load_weights(directory)
         self._rollout = cfg.rollout
-        limits = cfg.rollout.max_cache_tokens, cfg.rollout.max_prefill_tokens
+        limits = cfg.rollout.max_cache_tokens, cfg.rollout.max_prefill_tokens, cfg.rollout.quantization
         layout = decoding_layout(cfg)
         self.engine = (
             Engine(self.policy, self.text, *limits)
@@ -70,6 +71,13 @@ class Actor:
         """
         weights.load(self.policy.chunks, weights.HfWeights(directory))
         self.policy.weights_changed(tower=True)
+
+    def answers(
+        self, prompts: Sequence[Prompt], sampling: Sampling, on_finish: OnFinish | None = None
+    ) -> list[tuple[Completion, ...]]:
+        """Return one completion of each prompt, by the weights as they are: what is measured is what is saved."""
+        with self.engine.exact():
+            return self.engine.generate(prompts, 1, sampling, on_finish)
 
     def prompt_builder(self, template: Callable[[str], str]) -> PromptBuilder:
         """Return a builder of prompts in which `template` surrounds the question."""

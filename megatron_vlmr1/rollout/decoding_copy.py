@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ class CopyEngine(Engine):
         decode_text: Callable[[IntArray], str],
         max_cache_tokens: int,
         max_prefill_tokens: int,
+        quantization: Literal["none", "fp8"] = "none",
     ) -> None:
         """Build the copy, without memory for its weights.
 
@@ -46,7 +48,7 @@ class CopyEngine(Engine):
             policy = Policy(training.shape, mesh, training.chunks[0].dtype, banned)
         for parameter in policy.parameters():
             parameter.requires_grad_(False)
-        super().__init__(policy, decode_text, max_cache_tokens, max_prefill_tokens)
+        super().__init__(policy, decode_text, max_cache_tokens, max_prefill_tokens, quantization)
         self._training = training
         self._reshard = Reshard(training.chunks, policy.chunks, training.mesh.model_group)
         self._version: int | None = None  # of the training weights that the copy holds
@@ -59,6 +61,7 @@ class CopyEngine(Engine):
 
     def release(self) -> None:
         """Give the memory of the copy back; the next rollout copies the weights again."""
+        super().release()
         self._version = None
         self.policy.forget_features()
         for parameter in self.policy.parameters():
@@ -100,7 +103,7 @@ class CopyEngine(Engine):
             parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
         self._training.settle()
         self._reshard()
-        self.policy.forget_features()
+        self.policy.weights_changed(tower=True)
         self._version = self._training.version
 
     def _shared(

@@ -6,7 +6,9 @@ others hold theirs. Stages hand hidden states forward; the last one samples and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
@@ -16,6 +18,7 @@ from megatron_vlmr1.rollout.forward import Forward
 from megatron_vlmr1.rollout.kv_cache import KvCache
 from megatron_vlmr1.rollout.lane import Lane, OnFinish, Request
 from megatron_vlmr1.rollout.pipe import Pipe
+from megatron_vlmr1.rollout.quantised import QuantisedWeights
 from megatron_vlmr1.rollout.sampling import Sampling
 from megatron_vlmr1.telemetry.progress import mark
 from megatron_vlmr1.types import Completion, IntArray, Prompt
@@ -36,15 +39,18 @@ class Engine:
         decode_text: Callable[[IntArray], str],
         max_cache_tokens: int,
         max_prefill_tokens: int = 1 << 62,
+        quantization: Literal["none", "fp8"] = "none",
     ) -> None:
         """`decode_text` turns token ids (without the stop token) into text.
 
-        `max_cache_tokens` bounds the cache of a rank, `max_prefill_tokens` the packed prompts of one forward pass.
+        `max_cache_tokens` bounds the cache of a rank, `max_prefill_tokens` the packed prompts of one forward pass;
+        `quantization` is of the layers' matrices, as in `rollout.quantization` of the settings.
         """
         self.policy = policy
         self.decode_text = decode_text
         self.max_cache_tokens, self.max_prefill_tokens = max_cache_tokens, max_prefill_tokens
         self.cache_bytes = 0
+        self.quantised = QuantisedWeights(policy) if quantization == "fp8" else None
 
     @property
     def speaks(self) -> bool:
@@ -52,7 +58,18 @@ class Engine:
         return self.policy.mesh.is_model_leader
 
     def release(self) -> None:
-        """Give back what is needed between rollout and update only: nothing where the training weights generate."""
+        """Give back what is needed between rollout and update only: copies of weights, where there are any."""
+        if self.quantised is not None:
+            self.quantised.release()
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Generate with the weights as they are, whatever they are quantised to in rollouts."""
+        quantised, self.quantised = self.quantised, None
+        try:
+            yield
+        finally:
+            self.quantised = quantised
 
     @torch.inference_mode()
     def generate(
@@ -80,7 +97,7 @@ class Engine:
                 on_finish(i, j, completion)
 
         ends = [prompt.next_position + sampling.max_new_tokens for prompt in prompts]
-        forward = Forward(policy, max(ends, default=0))
+        forward = Forward(policy, max(ends, default=0), self.quantised)
         # Between virtual stages hidden states go round the ring: one lane, or two ranks could wait for each other.
         lanes = min(mesh.pp_size, len(prompts)) if len(policy.chunks) == 1 else min(1, len(prompts))
         pipes = []

@@ -8,7 +8,7 @@ than the kernels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from megatron_vlmr1.models.pieces import OF_A_LAYER, spec_free
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.models.shape import TextShape
 from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.rollout.quantised import QuantisedWeight, QuantisedWeights, linear
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.types import ImagePatches
 
@@ -41,17 +42,20 @@ class FusedAttend(Protocol):
         ...
 
 
+_Matrix = torch.Tensor | QuantisedWeight
+
+
 @dataclass(frozen=True)
 class _Layer:
     """Weights of one layer on this rank, as megatron-core lays them out; in the order of `OF_A_LAYER`."""
 
     norm: torch.Tensor  # [hidden]
-    qkv: torch.Tensor  # [(H + 2 Hkv) D / tp, hidden], rows q..q k v of each key/value group
+    qkv: _Matrix  # [(H + 2 Hkv) D / tp, hidden], rows q..q k v of each key/value group
     qkv_bias: torch.Tensor
-    out: torch.Tensor  # [hidden, H D / tp]
+    out: _Matrix  # [hidden, H D / tp]
     mlp_norm: torch.Tensor  # [hidden]
-    gate_up: torch.Tensor  # [2 ffn / tp, hidden]
-    down: torch.Tensor  # [hidden, ffn / tp]
+    gate_up: _Matrix  # [2 ffn / tp, hidden]
+    down: _Matrix  # [hidden, ffn / tp]
 
 
 def _layer(module: Any) -> _Layer:
@@ -62,12 +66,19 @@ def _layer(module: Any) -> _Layer:
 class Forward:
     """This rank's part of the model, chunk by chunk (one chunk per virtual pipeline stage)."""
 
-    def __init__(self, policy: Policy, positions: int) -> None:
-        """Refer to the policy's parameters. Completions have positions below `positions`."""
+    def __init__(self, policy: Policy, positions: int, quantised: QuantisedWeights | None = None) -> None:
+        """Refer to the policy's parameters, and to the copies of matrices that stand in for them, if there are any.
+
+        Completions have positions below `positions`.
+        """
         self.policy = policy
         self.mesh: Mesh = policy.mesh
         self.text: TextShape = policy.shape.text
         self.chunks = [[_layer(module) for module in chunk.language.decoder.layers] for chunk in policy.chunks]
+        self.quantised = quantised
+        if quantised is not None:
+            pairs = zip(self.chunks, quantised.refresh(), strict=True)
+            self.chunks = [[replace(a, **b._asdict()) for a, b in zip(*pair, strict=True)] for pair in pairs]
         self.layers = sum(map(len, self.chunks))
         # With fewer key/value heads than ranks, several ranks share one: megatron-core splits the fused rows evenly.
         self.kv_heads = max(1, self.text.num_kv_heads // self.mesh.tp_size)
@@ -115,10 +126,10 @@ class Forward:
         """Map x [T, hidden] through the layers of a chunk; the last one's output is normed."""
         first = sum(map(len, self.chunks[:chunk]))
         for number, layer in enumerate(self.chunks[chunk], first):
-            qkv = self._own_heads(F.linear(self._normed(x, layer.norm), layer.qkv, layer.qkv_bias))
+            qkv = self._own_heads(linear(self._normed(x, layer.norm), layer.qkv, layer.qkv_bias))
             qkv = torch.addcmul(qkv * rotation.cos, qkv.roll(self.text.head_dim // 2, -1), rotation.sin)
             x = self._add(x, attend.attend(number, qkv).flatten(1), layer.out)
-            gate, up = F.linear(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, -1)
+            gate, up = linear(self._normed(x, layer.mlp_norm), layer.gate_up).chunk(2, -1)
             x = self._add(x, F.silu(gate) * up, layer.down)
         model = self.policy.chunks[chunk]
         return self._normed(x, model.language.decoder.final_layernorm.weight) if model.post_process else x
@@ -142,11 +153,11 @@ class Forward:
         start = self.heads * (self.mesh.tp_rank % sharing)
         return torch.cat((group[:, start : start + self.heads], group[:, -2:]), 1)[:, None]
 
-    def _add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _add(self, x: torch.Tensor, y: torch.Tensor, weight: _Matrix) -> torch.Tensor:
         """Return x + y weight^T, summed over the tensor-parallel group's parts of y."""
-        if self.mesh.tp_size == 1:
+        if self.mesh.tp_size == 1 and isinstance(weight, torch.Tensor):
             return torch.addmm(x, y, weight.t())
-        return x + self._summed(F.linear(y, weight))
+        return x + self._summed(linear(y, weight))
 
     def _summed(self, x: torch.Tensor) -> torch.Tensor:
         if self.mesh.tp_size > 1:

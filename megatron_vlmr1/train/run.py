@@ -246,6 +246,7 @@ class Run:
         stats = self.judges.stats()
         facts = {
             "parallel": self.mesh.describe(),
+            "adam": parallel_optimizer.adam(self.optimizer),
             "versions": {name: version(name) for name in ("megatron-core", "torch", "transformers")},
             "rank_pids": pids,
             "reward_pids": [stats["service_pid"], *stats["worker_pids"]] if stats else [],

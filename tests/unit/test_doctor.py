@@ -103,6 +103,20 @@ def test_torch_that_cannot_be_imported_is_a_line_not_a_crash(tmp_path: Path) -> 
     assert [line["found"] for line in bad] == ["ImportError: libtorch.so: no such file"]
 
 
+@pytest.mark.parametrize(
+    ("has_cuda", "engine", "apex", "which"),
+    [
+        (True, True, True, "Transformer Engine's, fused"),
+        (True, False, True, "apex's, fused"),
+        (True, False, False, "torch's"),
+        (False, True, False, "torch's"),
+    ],
+)
+def test_which_adam_megatron_core_takes(monkeypatch, has_cuda: bool, engine: bool, apex: bool, which: str) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if engine else None)
+    assert doctor_packages._adam(has_cuda, apex) == which
+
+
 def test_transformer_engine_is_looked_for_but_never_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     package = tmp_path / "transformer_engine"
     package.mkdir()

@@ -5,18 +5,24 @@ Transformer Engine can't be imported here; `tests.te_modules` stands in for its 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint import scaling, state, weights
 from megatron_vlmr1.config import PrecisionConfig, RecomputeConfig
+from megatron_vlmr1.data.packing import MicroBatch, PackedGroup, pack
+from megatron_vlmr1.grpo.update import Updater, label_tensors
 from megatron_vlmr1.models.families import read_shape
+from megatron_vlmr1.models.layers import transformer_config
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.models.specs import Layers, layers
 from megatron_vlmr1.models.vlm import build_chunks
@@ -176,6 +182,59 @@ def test_both_specs_hold_and_compute_the_same(monkeypatch, directory, tmp_path):
         seen = {spec: Forward(one, 16).chunks for spec, one in made.items()}
         for ours, theirs in zip(seen["te"][0], seen["torch"][0], strict=True):
             assert all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in vars(ours))
+
+
+def gradients(directory, mesh, made: Layers) -> tuple[Policy, dict[str, torch.Tensor]]:
+    """Sum of log-probs of two micro-batches: the gradients in the buffers, by parameter."""
+    one = policy(directory, mesh, made)
+    one.wrap_for_training()
+    updater = Updater(one, parallel_optimizer.build(work.settings().optimizer, one.ddp), work.settings())
+    for chunk in one.ddp:
+        chunk.zero_grad_buffer()
+    batches = [
+        pack([PackedGroup(prompt, (np.arange(7, 19), np.arange(31, 40)), (0, 1))], one.shape.image_token_id, 1)
+        for prompt in mixed_prompts(directory)[:2]
+    ]
+
+    def loss(hidden: torch.Tensor, batch: MicroBatch):
+        return one.logprobs(hidden, *label_tensors(batch))[0].sum(), {}
+
+    updater._run(one.ddp, batches, loss)
+    return one, {part.name: part.parameter.main_grad.clone() for part in weights.parameter_pieces(one.model)}
+
+
+def test_gradients_of_both_specs_are_the_same(monkeypatch, directory):
+    """The te spec's matrices add theirs to the buffers themselves; nothing is added twice, and nothing left out."""
+    te_modules.install(monkeypatch)
+    with ranks.alone() as mesh:
+        _, expected = gradients(directory, mesh, Layers("torch"))
+        one, found = gradients(directory, mesh, Layers("te"))
+        added = {part.name for part in weights.parameter_pieces(one.model) if part.parameter.grad_added_to_main_grad}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 2e-6 * gradient.abs().max(), name
+    matrices = {name for name in found if ".linear_" in name and name.endswith(".weight") and "norm" not in name}
+    assert len(matrices) == 2 * 4 and added == matrices
+
+
+def test_what_the_te_spec_fuses(monkeypatch):
+    """The torch spec fuses nothing, and builds where there are no kernels; te says so where they are missing."""
+    names = [field.name for field in dataclasses.fields(TransformerConfig) if field.name.endswith("_fusion")]
+    assert {"apply_rope_fusion", "bias_activation_fusion", "gradient_accumulation_fusion"} <= set(names)
+
+    def fused(spec: str) -> set[str]:
+        device.prepare_megatron()
+        shape = read_shape(recipes.published("7b"))
+        with meshes.pretending():
+            mesh = meshes.pretended(recipes.layout(4, 2), 0, 0)
+            made = transformer_config(shape.text, mesh, torch.bfloat16, RecomputeConfig(), None, spec)
+        return {name for name in names if getattr(made, name)}
+
+    assert fused("torch") == set()
+    with pytest.raises(ValueError, match="apply_rope_fusion is not available"):
+        fused("te")
+    te_modules.install(monkeypatch)
+    assert fused("te") == {"apply_rope_fusion", "bias_activation_fusion"}
 
 
 def trained(directory, mesh, made: Layers):

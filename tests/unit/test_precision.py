@@ -184,7 +184,7 @@ def test_a_layout_that_fp8_does_not_take_names_those_that_it_does():
         fp8.check(cfg, read_shape(recipes.published("72b")).text)
     assert str(refused.value) == (
         "precision.fp8=tensorwise at parallel.tensor_model_parallel_size=16: mlp.linear_fc2.weight is 8192 x 1848 on a "
-        "rank, but Transformer Engine takes sides that are multiples of 16; tensor-parallel sizes that fit: 1, 2, 4, 8"
+        "rank, but products in FP8 take sides that are multiples of 16; tensor-parallel sizes that fit: 1, 2, 4, 8"
     )
     with pytest.raises(ValueError, match="multiples of 16"):
         rank_memory(cfg, read_plan_shape("qwen2.5-vl-72b"), 16, "cuda")
