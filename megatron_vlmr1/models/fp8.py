@@ -2,10 +2,11 @@
 
 Transformer Engine multiplies FP8 matrices only if rows are a multiple of 8 and columns of 16 (its
 `assert_dim_for_fp8_exec`). Forward, both gradients and their transposes have each side of a weight, and the tokens, as
-columns once, so all of them are multiples of 16, as megatron-core's `get_fp8_align_size` has it. A weight's blocks of
-128 need not be full: the last one of a side covers what is left (`Float8BlockQuantizer.get_scale_shape` rounds up, and
-Transformer Engine's own tests multiply 320 x 64 by 64 x 336 in blocks). What ranks gather from each other must be whole
-blocks (its `is_quantizable`).
+columns once, so all of them are multiples of 16, as megatron-core's `get_fp8_align_size` has it. Blocks of 128 need not
+be full: the last one of a side covers what is left (`Float8BlockQuantizer.get_scale_shape` rounds up, and Transformer
+Engine's own tests multiply 320 x 64 by 64 x 336 in blocks).
+
+Only what ranks gather from each other under sequence parallelism must be whole blocks (its `is_quantizable`).
 """
 
 from __future__ import annotations
@@ -56,11 +57,6 @@ def check(cfg: Config, text: TextShape) -> None:
             f"precision.fp8={fp8} at parallel.tensor_model_parallel_size={tp}: {problem}; tensor-parallel sizes that "
             f"fit: {fitting or 'none'}"
         )
-    if fp8 == "blockwise" and parallel.sequence_parallel and text.hidden_size % FP8_BLOCK:
-        raise ValueError(
-            f"precision.fp8=blockwise with parallel.sequence_parallel: the hidden size {text.hidden_size}, which ranks "
-            f"gather in FP8, is not a multiple of {FP8_BLOCK}: use parallel.sequence_parallel=false"
-        )
     multiple = token_multiple(cfg.precision, parallel)
     if cfg.train.micro_batch_tokens < multiple:
         raise ValueError(
@@ -74,6 +70,11 @@ def check(cfg: Config, text: TextShape) -> None:
                 f"precision.{key}={getattr(cfg.precision, key)} is more than megatron-core takes: at most the {most} "
                 "layers of a pipeline stage"
             )
+    if fp8 == "blockwise" and parallel.sequence_parallel and text.hidden_size % FP8_BLOCK:
+        raise ValueError(
+            f"precision.fp8=blockwise with parallel.sequence_parallel: the hidden size {text.hidden_size}, which ranks "
+            f"gather in FP8, is not a multiple of {FP8_BLOCK}: use parallel.sequence_parallel=false"
+        )
 
 
 def matrices(text: TextShape, tp: int) -> dict[str, tuple[int, int]]:
