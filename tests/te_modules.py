@@ -86,6 +86,7 @@ def install(monkeypatch: Any) -> None:
     """Let the te spec be made of these."""
     from megatron.core.extensions import transformer_engine as te
 
+    monkeypatch.setattr(te, "HAVE_TE", True)
     monkeypatch.setattr(te, "TELayerNormColumnParallelLinear", LayerNormColumnParallelLinear)
     monkeypatch.setattr(te, "TERowParallelLinear", RowParallel)
     monkeypatch.setattr(te, "TENorm", RMSNorm)

@@ -6,16 +6,18 @@ from megatron_vlmr1.config.precision import PrecisionConfig
 from megatron_vlmr1.config.settings import Config, ParallelConfig, decoding_layout
 
 FP8_MULTIPLE = 16  # megatron-core's `get_fp8_align_size` of all three recipes
+FP8_BLOCK = 128  # numbers that share a scale in `blockwise`, along each side of a weight
 
 
 def token_multiple(precision: PrecisionConfig, layout: ParallelConfig) -> int:
     """Return what the tokens of a training micro-batch are padded to a multiple of.
 
     Under sequence parallelism each tensor-parallel rank has an equal share, and in FP8 each share, before it is
-    gathered, is a multiple of `FP8_MULTIPLE`.
+    gathered, is a multiple of `FP8_MULTIPLE`; of `FP8_BLOCK` where it is quantised in blocks, which Transformer Engine
+    cannot put together from parts (it refuses that, or gathers in bf16, depending on its version).
     """
     shares = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
-    return shares * (1 if precision.fp8 == "none" else FP8_MULTIPLE)
+    return shares * {"none": 1, "blockwise": FP8_BLOCK}.get(precision.fp8, FP8_MULTIPLE)
 
 
 def check_cache(cfg: Config) -> None:

@@ -6,6 +6,8 @@ columns once, so all of them are multiples of 16, as megatron-core's `get_fp8_al
 a weight that generation multiplies, but not its tokens (torch's `_scaled_mm`). Blocks of 128 need not be full: the last
 one of a side covers what is left (`Float8BlockQuantizer.get_scale_shape` rounds up, and Transformer Engine's own tests
 multiply 320 x 64 by 64 x 336 in blocks).
+
+Only what ranks gather from each other under sequence parallelism must be whole blocks (its `is_quantizable`).
 """
 
 from __future__ import annotations
@@ -14,10 +16,9 @@ import importlib.util
 from typing import Final
 
 from megatron_vlmr1.config import Config, ParallelConfig, decoding_layout
-from megatron_vlmr1.config.rules import FP8_MULTIPLE, token_multiple
+from megatron_vlmr1.config.rules import FP8_BLOCK, FP8_MULTIPLE, token_multiple
 from megatron_vlmr1.models.shape import TextShape, padded
 
-BLOCK = 128  # numbers that share a scale in `blockwise`, along each side of a weight
 CAPABILITY: Final = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0)}
 """Least compute capability of each recipe (Transformer Engine's `check_fp8_support` and its block-scaling twin)."""
 
@@ -76,6 +77,11 @@ def check(cfg: Config, text: TextShape) -> None:
                 f"precision.{key}={getattr(cfg.precision, key)} is more than megatron-core takes: at most the {most} "
                 "layers of a pipeline stage"
             )
+    if fp8 == "blockwise" and parallel.sequence_parallel and text.hidden_size % FP8_BLOCK:
+        raise ValueError(
+            f"precision.fp8=blockwise with parallel.sequence_parallel: the hidden size {text.hidden_size}, which ranks "
+            f"gather in FP8, is not a multiple of {FP8_BLOCK}: use parallel.sequence_parallel=false"
+        )
 
 
 def _check_sides(asked: str, section: str, layout: ParallelConfig, text: TextShape) -> None:
@@ -113,7 +119,7 @@ def misfit(text: TextShape, tp: int) -> str:
 
 def ragged(text: TextShape, tp: int) -> list[str]:
     """Return the weights of a rank whose last blocks of `blockwise` are not full; they are multiplied all the same."""
-    return [name for name, sides in matrices(text, tp).items() if any(side % BLOCK for side in sides)]
+    return [name for name, sides in matrices(text, tp).items() if any(side % FP8_BLOCK for side in sides)]
 
 
 def tensor_sizes(text: TextShape) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -56,7 +57,11 @@ def layers(cfg: Config) -> Layers:
 
 
 def block_spec(number: int, spec: Literal["torch", "te"]) -> TransformerBlockSubmodules:
-    """Return the specification of a chunk's transformer block of so many layers."""
+    """Return the specification of a chunk's transformer block of so many layers.
+
+    Raises:
+        ValueError: megatron-core cannot import what it wants of Transformer Engine; one line.
+    """
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.self_attention.submodules.core_attention = CoreAttention
     norm: Any = RMSNorm
@@ -69,13 +74,27 @@ def block_spec(number: int, spec: Literal["torch", "te"]) -> TransformerBlockSub
 
 
 def _fuse(layer: Any) -> type[torch.nn.Module]:
-    """Put Transformer Engine's modules into a layer's specification; return its norm for the end."""
+    """Put Transformer Engine's modules into a layer's specification; return its norm for the end.
+
+    Raises:
+        ValueError: megatron-core cannot import what it wants of Transformer Engine; one line.
+    """
     # Not at the top: where there is CUDA and it is installed, this imports Transformer Engine.
     from megatron.core.extensions import transformer_engine as te
 
+    if not te.HAVE_TE:
+        raise ValueError(
+            "megatron-core cannot use the Transformer Engine that is installed (python -c 'import transformer_engine."
+            "pytorch' may say why): install another version of it, or use model.spec=torch without FP8"
+        )
     layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
-    attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
+    attention, mlp = _submodules(layer.self_attention), _submodules(layer.mlp)
     attention.linear_qkv = mlp.linear_fc1 = te.TELayerNormColumnParallelLinear
     attention.linear_proj = mlp.linear_fc2 = te.TERowParallelLinear
     layer.sharded_state_dict_keys_map = {}  # the names are those that it would have turned them into
     return te.TENorm  # type: ignore[no-any-return]
+
+
+def _submodules(part: ModuleSpec | partial[Any]) -> Any:
+    """Return what a part of a layer is made of; newer megatron-core has functions in place of some specifications."""
+    return part.keywords["submodules"] if isinstance(part, partial) else part.submodules

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import mmap
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch.utils._device
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of `config.precision.dtype`
 
 _CPU = torch.device("cpu")
+_OWN_PAGES = 1 << 20  # bytes of host memory that are not left to torch's allocator
 _prepared = False
 _nowhere = False  # whether tensors are made without memory
 
@@ -49,8 +53,27 @@ def without_memory() -> Iterator[None]:
 
 
 def host_empty(shape: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor in host memory, with any content; pinned where there are GPUs, for copies at the bus's speed."""
-    return torch.empty(shape, dtype=dtype, device=_CPU, pin_memory=has_cuda())
+    """Return a tensor in host memory, with any content; pinned where there are GPUs, for copies at the bus's speed.
+
+    torch pins powers of two of bytes: up to twice what was asked for. So what is large gets pages of its own here; they
+    are given back with the tensor, and no copy from or to it may be under way then.
+    """
+    size = math.prod([shape] if isinstance(shape, int) else shape) * dtype.itemsize
+    if not has_cuda() or size < _OWN_PAGES:
+        return torch.empty(shape, dtype=dtype, device=_CPU, pin_memory=has_cuda())
+    return torch.frombuffer(_pinned(size), dtype=dtype).view(shape)
+
+
+def _pinned(size: int) -> mmap.mmap:
+    """Return memory that is locked for CUDA until nobody has it any more; CUDA only."""
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_DONTFORK)  # or this process's next write went to a copy, and the GPU's to the original
+    address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
+    cuda = torch.cuda.cudart()
+    if problem := int(cuda.cudaHostRegister(address, size, 0)):
+        raise RuntimeError(f"CUDA could not lock {size / 1e9:.1f} GB of host memory: cudaHostRegister says {problem}")
+    weakref.finalize(pages, cuda.cudaHostUnregister, address).atexit = False
+    return pages
 
 
 def name() -> str | None:

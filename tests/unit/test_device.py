@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
@@ -195,3 +196,40 @@ def test_nothing_is_redirected_where_there_is_cuda(monkeypatch):
 def test_modules_with_redirected_tensors_can_be_copied():
     module = torch.nn.Linear(2, 2).to("cuda")
     assert torch.equal(copy.deepcopy(module).weight, module.weight)
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    """A machine with CUDA that notes which host memory is locked: address -> bytes."""
+    held = {}
+
+    def register(address, size, flags):
+        assert isinstance(address, int) and flags == 0
+        held[address] = size
+        return 0 if size < 1 << 24 else 2
+
+    cuda = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=held.pop)
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
+    return held
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 400_001), torch.float32), (1_200_007, torch.uint8)], ids=str)
+def test_large_host_memory_is_locked_to_the_byte(locked, shape, dtype):
+    """Not to the next power of two, as torch's own pinned memory is; given back with the last view."""
+    tensor = device.host_empty(shape, dtype)
+    assert tensor.shape == torch.empty(shape).shape and tensor.dtype is dtype and tensor.is_contiguous()
+    assert locked == {tensor.data_ptr(): tensor.nbytes} and tensor.untyped_storage().nbytes() == tensor.nbytes
+    tensor.fill_(7)
+    last = tensor.view(-1)[-1:]
+    del tensor
+    gc.collect()
+    assert len(locked) == 1 and last.item() == 7
+    del last
+    gc.collect()
+    assert not locked
+
+
+def test_host_memory_that_cuda_does_not_lock(locked):
+    with pytest.raises(RuntimeError, match="CUDA could not lock 0.0 GB of host memory: cudaHostRegister says 2"):
+        device.host_empty(1 << 24, torch.uint8)

@@ -8,11 +8,15 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.torch import load_file
 
@@ -21,6 +25,8 @@ from megatron_vlmr1.checkpoint import scaling, state, weights
 from megatron_vlmr1.config import PrecisionConfig, RecomputeConfig
 from megatron_vlmr1.data.packing import MicroBatch, PackedGroup, pack
 from megatron_vlmr1.grpo.update import Updater, label_tensors
+from megatron_vlmr1.models import specs
+from megatron_vlmr1.models.attention import CoreAttention
 from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.models.layers import transformer_config
 from megatron_vlmr1.models.policy import Policy
@@ -152,6 +158,36 @@ def test_names_and_shapes_of_the_te_spec_at_full_size(monkeypatch, size):
         spec: {part.name: (tuple(part.parameter.shape), part.pieces) for part in found} for spec, found in parts.items()
     }
     assert tables["te"] == tables["torch"]
+
+
+@pytest.mark.parametrize("mlp_is_a_function", [False, True])
+def test_modules_of_the_te_spec_in_either_form_of_megatron_cores(monkeypatch, mlp_is_a_function):
+    """0.16 specifies a layer's MLP as a module, 0.19 as a function that builds it."""
+    device.prepare_megatron()
+    te_modules.install(monkeypatch)
+    local = specs.get_gpt_layer_local_spec
+
+    def spec(**options):
+        layer = local(**options)
+        mlp = specs._submodules(layer.submodules.mlp)
+        layer.submodules.mlp = partial(MLP, submodules=mlp) if mlp_is_a_function else ModuleSpec(MLP, submodules=mlp)
+        return layer
+
+    monkeypatch.setattr(specs, "get_gpt_layer_local_spec", spec)
+    block = specs.block_spec(2, "te")
+    made = block.layer_specs[0].submodules
+    attention, mlp = made.self_attention.submodules, specs._submodules(made.mlp)
+    assert len(block.layer_specs) == 2 and made.input_layernorm is made.pre_mlp_layernorm is IdentityOp
+    assert attention.linear_qkv is mlp.linear_fc1 is te_modules.LayerNormColumnParallelLinear
+    assert attention.linear_proj is mlp.linear_fc2 is te_modules.RowParallel
+    assert attention.core_attention is CoreAttention
+
+
+def test_an_engine_that_megatron_core_cannot_import():
+    """Here none is installed: megatron-core's modules are stand-ins that build nothing."""
+    device.prepare_megatron()
+    with pytest.raises(ValueError, match="^megatron-core cannot use the Transformer Engine .* or use model.spec=torch"):
+        specs.block_spec(1, "te")
 
 
 @pytest.fixture(scope="module")

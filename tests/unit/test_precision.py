@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -191,15 +192,17 @@ def test_a_layout_that_fp8_does_not_take_names_those_that_it_does():
 
 
 def test_tokens_of_a_micro_batch():
-    """16 for each share of the tensor-parallel group, as megatron-core aligns the recipes."""
+    """16 for each share of the tensor-parallel group, as megatron-core aligns the recipes; whole blocks in blocks."""
     assert {get_fp8_align_size(recipe) for recipe in RECIPES} == {FP8_MULTIPLE}
     sharing = ParallelConfig(tensor_model_parallel_size=8, sequence_parallel=True)
     whole = ParallelConfig(tensor_model_parallel_size=8)
     for recipe, layout, multiple in [
         ("none", whole, 1),
         ("none", sharing, 8),
-        ("blockwise", whole, 16),
+        ("tensorwise", whole, 16),
         ("delayed", sharing, 128),
+        ("blockwise", whole, 128),
+        ("blockwise", sharing, 1024),
     ]:
         assert token_multiple(PrecisionConfig(fp8=recipe), layout) == multiple
     cfg = settings(
@@ -211,6 +214,18 @@ def test_tokens_of_a_micro_batch():
         fp8.check(cfg, read_shape(recipes.published("72b")).text)
 
 
+def test_what_ranks_gather_is_whole_blocks():
+    """Transformer Engine's quantiser in blocks gathers parts of 128 x 128 only (its `is_quantizable`)."""
+    text = replace(read_shape(recipes.published("3b")).text, hidden_size=2048 + 16)
+    sharing = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    fp8.check(settings({"fp8": "blockwise"}, parallel={"tensor_model_parallel_size": 2}), text)
+    fp8.check(settings({"fp8": "tensorwise"}, parallel=sharing), text)
+    with pytest.raises(ValueError, match="hidden size 2064, which ranks gather in FP8, is not a multiple of 128: use"):
+        fp8.check(settings({"fp8": "blockwise"}, parallel=sharing), text)
+    for size in TABLE:
+        fp8.check(settings({"fp8": "blockwise"}, parallel=sharing), read_shape(recipes.published(size)).text)
+
+
 def test_packs_are_padded_as_the_plan_counts_them(tmp_path):
     directory = write_random_checkpoint(tmp_path / "model", num_hidden_layers=1)
     prompt = random_prompt(directory, 0, 30)
@@ -218,9 +233,9 @@ def test_packs_are_padded_as_the_plan_counts_them(tmp_path):
     cfg = settings({"fp8": "blockwise"}, parallel={"tensor_model_parallel_size": 2, "sequence_parallel": True})
     multiple = token_multiple(cfg.precision, cfg.parallel)
     batch = pack([group], 1 << 20, multiple)
-    assert multiple == 32 and len(batch.token_ids) == -(-group.tokens // 32) * 32
+    assert multiple == 256 and len(batch.token_ids) == -(-group.tokens // 256) * 256
     (planned,) = {b.tokens for b in Load(1, 2, len(prompt.token_ids), 7, ()).micro_batches(cfg)}
-    assert planned == -(-(len(prompt.token_ids) + 2 * 6) // 32) * 32
+    assert planned == -(-(len(prompt.token_ids) + 2 * 6) // 256) * 256
 
 
 def test_peaks_of_the_data_sheets():
