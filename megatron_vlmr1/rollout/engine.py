@@ -11,16 +11,23 @@ from collections.abc import Callable, Sequence
 import torch
 
 from megatron_vlmr1.models.policy import Policy
+from megatron_vlmr1.rollout import graphs
+from megatron_vlmr1.rollout.bursts import Bursts, Steps
 from megatron_vlmr1.rollout.cache_size import CacheSize, fit
 from megatron_vlmr1.rollout.forward import Forward
 from megatron_vlmr1.rollout.kv_cache import KvCache
 from megatron_vlmr1.rollout.lane import Lane, OnFinish, Request
 from megatron_vlmr1.rollout.pipe import Pipe
 from megatron_vlmr1.rollout.sampling import Sampling
+from megatron_vlmr1.runtime import device
 from megatron_vlmr1.telemetry.progress import mark
 from megatron_vlmr1.types import Completion, IntArray, Prompt
 
 Limits = Sequence[Sequence[int]]  # most tokens of each completion of each prompt
+
+CUDA_BURST = 8  # ticks, where none are given: the host's part of each is then a small one, and a row that has ended
+# idles for 4 of them on average
+_ROUND = 64  # tokens that caches which are kept from call to call are rounded up to, to fit the next call as well
 
 
 class Engine:
@@ -28,6 +35,8 @@ class Engine:
 
     Attributes:
         cache_bytes: key/value cache of the last call on this rank.
+        decode_burst: ticks in a row.
+        steps: cache and recorded ticks of the last call with bursts, which the next one takes over if they fit.
     """
 
     def __init__(
@@ -36,15 +45,23 @@ class Engine:
         decode_text: Callable[[IntArray], str],
         max_cache_tokens: int,
         max_prefill_tokens: int = 1 << 62,
+        decode_burst: int | None = None,
+        recorder: Callable[[], graphs.Recorder] | None = None,
     ) -> None:
         """`decode_text` turns token ids (without the stop token) into text.
 
         `max_cache_tokens` bounds the cache of a rank, `max_prefill_tokens` the packed prompts of one forward pass.
+        `decode_burst` and what makes a `recorder` of ticks are as `rollout.decode_burst` and `rollout.cuda_graphs` say;
+        None is their default.
         """
         self.policy = policy
         self.decode_text = decode_text
         self.max_cache_tokens, self.max_prefill_tokens = max_cache_tokens, max_prefill_tokens
         self.cache_bytes = 0
+        default = CUDA_BURST if device.has_cuda() else 1
+        self.decode_burst = 1 if policy.mesh.pp_size > 1 else decode_burst or default
+        self.recorder = recorder or graphs.recorder("auto")
+        self.steps: Steps | None = None
 
     @property
     def speaks(self) -> bool:
@@ -52,7 +69,8 @@ class Engine:
         return self.policy.mesh.is_model_leader
 
     def release(self) -> None:
-        """Give back what is needed between rollout and update only: nothing where the training weights generate."""
+        """Give back what is needed between rollout and update only. Before the process group is left, call it too."""
+        self.steps = None
 
     @torch.inference_mode()
     def generate(
@@ -80,10 +98,10 @@ class Engine:
                 on_finish(i, j, completion)
 
         ends = [prompt.next_position + sampling.max_new_tokens for prompt in prompts]
-        forward = Forward(policy, max(ends, default=0))
+        positions = max(ends, default=0)
         # Between virtual stages hidden states go round the ring: one lane, or two ranks could wait for each other.
         lanes = min(mesh.pp_size, len(prompts)) if len(policy.chunks) == 1 else min(1, len(prompts))
-        pipes = []
+        made: list[tuple[Lane, CacheSize]] = []
         for first in range(lanes):
             mine = range(first, len(prompts), lanes)
             size = self._size([prompts[i] for i in mine], generations, sampling.max_new_tokens, lanes)
@@ -93,20 +111,55 @@ class Engine:
                 for j in range(generations)
             ]
             lane = Lane(prompts, requests, size, sampling, self.max_prefill_tokens, finish, self.decode_text)
-            cache = KvCache(size, forward.layers, forward.kv_heads, policy.shape.text.head_dim, policy.chunks[0].dtype)
-            pipes.append(Pipe(lane, cache, forward))
+            made.append((lane, size))
+        if self.decode_burst > 1:
+            self._in_bursts(made, positions)
+        else:
+            self._tick_by_tick(made, positions)
+        return [tuple(finished[i, j] for j in range(generations)) for i in range(len(prompts))]
+
+    def _tick_by_tick(self, lanes: Sequence[tuple[Lane, CacheSize]], positions: int) -> None:
+        forward, chunks = Forward(self.policy, positions), range(len(self.policy.chunks))
+        pipes = [Pipe(lane, self._cache(forward, size), forward) for lane, size in lanes]
         self.cache_bytes = sum(pipe.cache.bytes for pipe in pipes)
         while any(pipe.lane.busy for pipe in pipes):
             mark()
-            for chunk in range(len(policy.chunks)):
+            for chunk in chunks:
                 for pipe in pipes:
                     pipe.work(chunk)
-        return [tuple(finished[i, j] for j in range(generations)) for i in range(len(prompts))]
+
+    def _in_bursts(self, lanes: Sequence[tuple[Lane, CacheSize]], positions: int) -> None:
+        for lane, size in lanes:  # one, or none
+            steps = self._steps_for(size, positions + self.decode_burst)  # rows go on behind their ends
+            self.cache_bytes = steps.cache.bytes
+            bursts = Bursts(lane, steps)
+            while lane.busy:
+                mark()
+                bursts.work()
+
+    def _steps_for(self, size: CacheSize, positions: int) -> Steps:
+        """Return what the last call left, if it fits."""
+        steps, self.steps = self.steps, None
+        if steps is None or steps.stale or steps.cache.size != size or steps.forward.positions < positions:
+            del steps  # before there is another cache
+            forward = Forward(self.policy, -(-positions // _ROUND) * _ROUND)
+            steps = Steps(forward, self._cache(forward, size), self.recorder(), self.decode_burst)
+        self.steps = steps
+        return steps
+
+    def _cache(self, forward: Forward, size: CacheSize) -> KvCache:
+        dtype, text = self.policy.chunks[0].dtype, self.policy.shape.text
+        return KvCache(size, forward.layers, forward.kv_heads, text.head_dim, dtype)
 
     def _size(self, prompts: Sequence[Prompt], generations: int, new_tokens: int, lanes: int) -> CacheSize:
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
         length = len(longest.token_ids)
-        size = fit(length, len(prompts), generations, new_tokens, self.max_cache_tokens // lanes)
+        budget = self.max_cache_tokens // lanes
+        size = fit(length, len(prompts), generations, new_tokens, budget)
+        if size is not None and self.decode_burst > 1:
+            roomy = fit(-(-length // _ROUND) * _ROUND, len(prompts), generations, new_tokens, budget)
+            if roomy is not None and (roomy.rows, roomy.prompts) == (size.rows, size.prompts):
+                size = roomy
         if size is None:
             each = f" for each of {lanes} pipeline stages" if lanes > 1 else ""
             raise ValueError(

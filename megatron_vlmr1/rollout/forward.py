@@ -64,7 +64,7 @@ class Forward:
 
     def __init__(self, policy: Policy, positions: int) -> None:
         """Refer to the policy's parameters. Completions have positions below `positions`."""
-        self.policy = policy
+        self.policy, self.positions = policy, positions
         self.mesh: Mesh = policy.mesh
         self.text: TextShape = policy.shape.text
         self.chunks = [[_layer(module) for module in chunk.language.decoder.layers] for chunk in policy.chunks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_vlmr1.models.logprobs import Vocabulary
 from megatron_vlmr1.rollout.filters import filtered
+from megatron_vlmr1.runtime import device
 from megatron_vlmr1.types import IntArray
 
 _SMALL = 2048  # tokens whose running sum is taken at once
@@ -40,6 +42,11 @@ class Sampling:
         return (self.repetition_penalty, self.top_k, self.top_p, self.min_p) != (1.0, 0, 1.0, 0.0)
 
     @property
+    def penalises(self) -> bool:
+        """Whether it matters which tokens there were."""
+        return self.repetition_penalty != 1.0
+
+    @property
     def changed(self) -> bool:
         """Whether tokens are drawn from another distribution than the model's own."""
         return self.filters or self.temperature != 1.0
@@ -51,6 +58,10 @@ class Choice(NamedTuple):
     tokens: torch.Tensor  # [n] int64, the same on all ranks of the tensor-parallel group
     logprobs: torch.Tensor  # [n] float64, at T=1 over the vocabulary less the banned tokens
     drawn_logprobs: torch.Tensor  # [n] float64, under the distribution that the token was drawn from
+
+    def table(self) -> torch.Tensor:
+        """Return [3, n] float64, in which token ids are exact."""
+        return torch.stack((self.tokens.double(), self.logprobs, self.drawn_logprobs))
 
 
 def streams(seed: int, prompts: IntArray, completions: IntArray) -> npt.NDArray[np.uint64]:
@@ -73,6 +84,17 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def seen_tokens(history: Sequence[IntArray], vocabulary: Vocabulary) -> torch.Tensor:
+    """Return which of this rank's tokens [n, vocabulary / tp] occur in each row's history, on the device."""
+    rows = np.repeat(np.arange(len(history)), [len(ids) for ids in history])
+    local = np.concatenate(history) - vocabulary.start
+    mine = (local >= 0) & (local < vocabulary.rows)
+    seen = torch.zeros((len(history), vocabulary.rows), dtype=torch.bool, device=device.device())
+    at = torch.from_numpy(np.stack((rows[mine], local[mine]))).to(seen.device)
+    seen[at[0], at[1]] = True
+    return seen
 
 
 def choose(

@@ -1,0 +1,346 @@
+"""Decoding in bursts against decoding tick by tick, attention against attention written out, and recorded ticks."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_vlmr1.rollout.cache_size import CacheSize, fit
+from megatron_vlmr1.rollout.engine import Engine
+from megatron_vlmr1.rollout.graphs import Eager, recorder
+from megatron_vlmr1.rollout.kv_cache import Grid, KvCache, grid_numbers
+from megatron_vlmr1.rollout.lane import Lane, Request
+from megatron_vlmr1.rollout.sampling import Sampling
+from megatron_vlmr1.rollout.step import Bucket, _Attention
+from tests.checkpoints import mixed_prompts, write_random_checkpoint
+from tests.distributed import ranks, work
+from tests.distributed.plain import within
+
+STEPS = 12
+LAYERS, D = 2, 4
+PLAIN = Sampling(STEPS, work.STOPS, seed=3)
+WAYS = {
+    "plain": PLAIN,
+    "greedy": Sampling(STEPS, work.STOPS, greedy=True),
+    "temperature": replace(PLAIN, temperature=0.7),
+    "filters": replace(PLAIN, temperature=1.4, top_k=40, top_p=0.9, min_p=0.01),
+    "penalty": replace(PLAIN, repetition_penalty=1.5),
+    "long": Sampling(3 * STEPS, frozenset({5}), seed=4),
+}
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    with ranks.alone() as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_random_checkpoint(tmp_path_factory.mktemp("bursts") / "model", seed=7)
+
+
+@pytest.fixture(scope="module")
+def policy(mesh, directory):
+    return work.load_policy(directory, mesh)
+
+
+@pytest.fixture(scope="module")
+def prompts(directory):
+    return mixed_prompts(directory)
+
+
+def engine(policy, burst: int, budget: int = 10_000, make=None) -> Engine:
+    return Engine(policy, lambda ids: " ".join(map(str, ids)), budget, 100, burst, make)
+
+
+def words(rows) -> list:
+    return [[(c.token_ids.tolist(), c.finish_reason, c.text) for c in row] for row in rows]
+
+
+def gap(rows, others) -> float:
+    pairs = [pair for row, other in zip(rows, others, strict=True) for pair in zip(row, other, strict=True)]
+    return max(
+        float(np.abs(x - y).max())
+        for a, b in pairs
+        for x, y in ((a.logprobs, b.logprobs), (a.drawn_logprobs, b.drawn_logprobs))
+        if x is not None
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("budget", [150, 330, 10_000])
+def test_completions_are_those_of_ticks_one_by_one(policy, prompts, way, budget, record_property):
+    """Whatever the burst, and however few fit at once: places are then taken in other ticks, by other rows."""
+    rng = np.random.default_rng(budget)
+    limits = rng.integers(1, WAYS[way].max_new_tokens + 1, (len(prompts), 4)).tolist() if budget == 330 else None
+    expected = engine(policy, 1, budget).generate(prompts, 4, WAYS[way], limits=limits)
+    worst = 0.0
+    for burst in (2, 5, 64):
+        found = engine(policy, burst, budget).generate(prompts, 4, WAYS[way], limits=limits)
+        assert words(found) == words(expected)
+        worst = max(worst, gap(found, expected))
+    within(record_property, "log-probs", worst, 1e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=str)
+def test_heads_that_share_keys(mesh, tmp_path, heads):
+    text = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "num_hidden_layers": 2}
+    policy = work.load_policy(write_random_checkpoint(tmp_path / "model", seed=1, **text), mesh)
+    prompts = mixed_prompts(tmp_path / "model")
+    expected = engine(policy, 1).generate(prompts, 3, PLAIN)
+    found = engine(policy, 4).generate(prompts, 3, PLAIN)
+    assert words(found) == words(expected) and gap(found, expected) <= 1e-5
+
+
+def test_one_token_each_needs_no_tick(policy, prompts):
+    one = replace(PLAIN, max_new_tokens=1)
+    engine_ = engine(policy, 4, make=Tape)
+    assert words(engine_.generate(prompts, 2, one)) == words(engine(policy, 1).generate(prompts, 2, one))
+    assert engine_.steps.recorded == 0
+    assert engine_.generate([], 2, one) == []
+
+
+def test_they_are_told_as_they_end(policy, prompts):
+    """Within a burst by the tick in which they end, although the host sees all of it at once."""
+    lengths: list[int] = []
+    everyone_at_once = Engine(policy, str, 10_000, decode_burst=64)
+    everyone_at_once.generate(prompts, 6, PLAIN, lambda i, j, c: lengths.append(len(c.token_ids)))
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+
+
+def prompt(i: int, tokens: int) -> SimpleNamespace:
+    return SimpleNamespace(position=i, token_ids=np.arange(tokens), next_position=tokens)
+
+
+def one_rollout(seed: int) -> tuple[float, set[str]]:
+    """Decode random keys in bursts, with random limits and stops, in a cache of random size.
+
+    Returns:
+        The largest difference from plain attention over the prompt's keys and the completion's own, and what happened.
+    """
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    count, generations, longest, heads, per, most = (int(rng.integers(1, top)) for top in (6, 5, 9, 3, 3, 7))
+    lengths = rng.integers(1, 9, count).tolist()
+    need = max(lengths) + longest
+    size = fit(max(lengths), count, generations, longest, int(rng.integers(need, count * generations * need + 1)))
+    assert size is not None
+    limits = rng.integers(1, longest + 1, (count, generations))
+    requests = [Request(i, j, int(limits[i, j])) for i in range(count) for j in range(generations)]
+    made: dict[tuple[int, int], list[int]] = {}
+    drawn: dict[tuple[int, int], list[int]] = {(r.prompt, r.number): [] for r in requests}
+    lane = Lane(
+        [prompt(i, n) for i, n in enumerate(lengths)],  # type: ignore[misc]
+        requests,
+        size,
+        Sampling(longest, frozenset({0, 1})),
+        int(rng.integers(1, 20)),
+        lambda i, j, completion: made.update({(i, j): completion.token_ids.tolist()}),
+        lambda ids: "",
+    )
+    cache = KvCache(size, LAYERS, heads, D, torch.float64)
+    keys: dict[tuple[int, int], torch.Tensor] = {}  # of prompts, [T, heads, 2, D]
+    own: dict[tuple[int, int, int], list[torch.Tensor]] = {}
+    worst, seen = 0.0, set()
+    while lane.busy:
+        lane.let_in()
+        for slot, i in zip(lane.entering_slots(), lane.entering, strict=True):
+            for layer in range(LAYERS):
+                keys[i, layer] = torch.randn(lengths[i], heads, 2, D, dtype=torch.float64)
+                cache.prompt[layer][int(slot), :, :, : lengths[i]] = keys[i, layer].permute(1, 2, 0, 3)
+        burst, n = lane.begin_burst(most), lane.n
+        who = [(int(lane._rows.prompt[i]), int(lane._rows.number[i])) for i in range(n)]
+        left = lane._rows.limit[:n] - lane._rows.length[:n] - (np.arange(n) >= burst.entered)
+        tokens = rng.integers(0, 12, (burst.ticks + 1, n))
+        for tick in range(burst.ticks):
+            bucket = Bucket.of(burst, cache)
+            at = attention_of(burst, bucket, cache, burst.first + tick)
+            seen |= {name for name, x in (("padded", bucket.rows > n), ("round", burst.first + tick >= longest)) if x}
+            for layer in range(LAYERS):
+                qkv = torch.randn(bucket.rows, heads, per + 2, D, dtype=torch.float64)
+                found = at.attend(layer, qkv)
+                for i in np.flatnonzero(tick < left):
+                    which = *who[i], layer
+                    own.setdefault(which, []).append(qkv[i, :, -2:])
+                    visible = torch.cat((keys[which[0], layer], torch.stack(own[which])))
+                    weights = torch.softmax(torch.einsum("hpd,thd->hpt", qkv[i, :, :-2], visible[:, :, 0]), -1)
+                    expected = torch.einsum("hpt,thd->hpd", weights, visible[:, :, 1]).reshape(-1, D)
+                    worst = max(worst, float((expected - found[i]).abs().max()))
+                seen |= {"behind the limit"} if (tick >= left).any() else set()
+        lane.take_burst(tokens, np.zeros((burst.ticks + 1, 2, n), np.float32), cache)
+        for i, name in enumerate(who):
+            drawn[name] += tokens[0 if i >= burst.entered else 1 :, i].tolist()
+    for name, row in drawn.items():  # each until its first stop or its limit
+        stops = [k for k, token in enumerate(row) if token < 2]
+        assert made[name] == row[: min([limits[name], *(k + 1 for k in stops)])]
+    assert made.keys() == drawn.keys()
+    return worst, seen
+
+
+def attention_of(burst, bucket, cache, tick):
+    heads = cache.own.shape[2]
+    pairs, cells = grid_numbers(burst.slots, bucket.prompts, bucket.width, heads)
+    padded = np.zeros(bucket.rows * heads, dtype=np.int64)
+    padded[: len(cells)] = cells
+    lengths, since = torch.zeros(bucket.prompts, dtype=torch.int64), torch.full((bucket.rows,), burst.first)
+    lengths[: len(burst.lengths)] = torch.from_numpy(burst.lengths)
+    since[: len(burst.since)] = torch.from_numpy(burst.since)
+    grid = Grid(torch.from_numpy(pairs), torch.from_numpy(padded), bucket.prompts * heads)
+    return _Attention(bucket, cache).at(torch.tensor([tick]), lengths, since, grid)
+
+
+def test_everyone_sees_their_prompt_and_themselves():
+    found = [one_rollout(seed) for seed in range(60)]
+    assert max(worst for worst, _ in found) <= 2e-6  # weights are fp32
+    assert set.union(*(seen for _, seen in found)) == {"padded", "round", "behind the limit"}
+
+
+def test_shapes_are_powers_of_two_or_all_there_is():
+    cache = KvCache(CacheSize(6, 300, 24, 256), 1, 1, 2, torch.float32)
+
+    def bucket(slots: list[int], since: int, first: int, longest: int, ticks: int = 4) -> Bucket:
+        lengths = np.full(max(slots) + 1, longest)
+        return Bucket.of(
+            SimpleNamespace(
+                slots=np.array(slots), lengths=lengths, since=np.full(len(slots), since), first=first, ticks=ticks
+            ),  # type: ignore[arg-type]
+            cache,
+        )
+
+    assert bucket([0, 0, 1], 1, 60, 65) == Bucket(8, 2, 2, 128, 64)
+    assert bucket([0, 0, 1], 1, 61, 64) == Bucket(8, 2, 2, 64, 128)  # the last tick's column is the 65th
+    assert bucket([0] * 9 + [4] * 8, 0, 100, 257) == Bucket(24, 6, 16, 300, 128)
+    assert bucket([0], 254, 254, 10).own_tokens == 256  # round the end
+    assert bucket([0], 1, 256, 10).own_tokens == 256  # a whole round: column 0 belongs to its last tick
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph is, on a CPU: operators and the memory that they were called with.
+
+    A replay calls them on the same tensors, whatever those hold by now, and puts the results where they were then. A
+    recording fails on whatever would make the host wait for the device, or depends on values: that cannot be captured.
+    """
+
+    made: list[Tape] = []
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal", "_unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.captures = self.replays = 0
+        Tape.made.append(self)
+
+    def record(self, tick, reset):
+        tick()  # warms up: whoever counts ticks on the device must bear it
+        reset()
+        operators: list[tuple] = []
+        self._operators = operators
+        values = [x.clone() for x in self._held(tick)]
+        with self:
+            tick()
+        for x, value in zip(self._held(tick), values, strict=True):
+            x.copy_(value)  # capturing computes nothing
+        self.captures += 1
+
+        def replay() -> None:
+            self.replays += 1
+            for function, args, kwargs, results in operators:
+                found = function(*args, **kwargs)
+                for new, old in zip(_tensors(found), results, strict=True):
+                    if new.data_ptr() != old.data_ptr():
+                        old.copy_(new)
+
+        return replay
+
+    @staticmethod
+    def _held(tick) -> list[torch.Tensor]:
+        return [tick._numbers, tick._table, tick._cache.own, *filter(None.__ne__, [tick._seen])]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        assert name not in self.REFUSED, name
+        if name in ("index", "index_put_", "_index_put_impl_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "a mask as an index"
+        found = function(*args, **(kwargs or {}))
+        self._operators.append((function, args, kwargs or {}, _tensors(found)))
+        return found
+
+
+def _tensors(x: object) -> list[torch.Tensor]:
+    if isinstance(x, torch.Tensor):
+        return [x]
+    return [t for part in x for t in _tensors(part)] if isinstance(x, list | tuple) else []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_recorded_ticks_give_the_same_and_are_kept_from_call_to_call(policy, prompts, way):
+    expected = engine(policy, 1).generate(prompts, 4, WAYS[way])
+    recorded = engine(policy, 4, make=Tape)
+    for seed in (WAYS[way].seed, 9):  # seeds and stops are not recorded
+        other = replace(WAYS[way], seed=seed, stop_ids=frozenset({seed, 7}))
+        assert words(recorded.generate(prompts, 4, other)) == words(engine(policy, 1).generate(prompts, 4, other))
+    tape, captures, replays = Tape.made[-1], Tape.made[-1].captures, Tape.made[-1].replays
+    found = recorded.generate(prompts, 4, WAYS[way])
+    assert words(found) == words(expected) and gap(found, expected) <= 1e-5
+    assert Tape.made[-1] is tape and recorded.steps.recorded == tape.captures
+    assert captures <= tape.captures < 12 and tape.replays > replays
+
+
+def test_recorded_ticks_in_a_small_cache(policy, prompts):
+    expected = engine(policy, 1, 330).generate(prompts, 4, PLAIN)
+    assert words(engine(policy, 4, 330, Tape).generate(prompts, 4, PLAIN)) == words(expected)
+
+
+def test_a_recording_sees_weights_that_change_where_they_lie(mesh, directory, prompts):
+    policy = work.load_policy(directory, mesh)
+    recorded = engine(policy, 4, make=Tape)
+    before = recorded.generate(prompts, 2, PLAIN)
+    tape = Tape.made[-1]
+    captures = tape.captures
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(0.8)
+    expected = engine(policy, 1).generate(prompts, 2, PLAIN)
+    found = recorded.generate(prompts, 2, PLAIN)
+    assert words(found) == words(expected) != words(before)
+    assert Tape.made[-1] is tape and captures <= tape.captures == recorded.steps.recorded
+
+
+@pytest.mark.parametrize("what", ["moved", "told", "released", "larger cache"])
+def test_recordings_are_dropped_with_what_they_point_to(mesh, directory, prompts, what):
+    policy = work.load_policy(directory, mesh)
+    recorded = engine(policy, 4, make=Tape)
+    recorded.generate(prompts, 2, PLAIN)
+    tape, steps = Tape.made[-1], weakref.ref(recorded.steps)
+    if what == "moved":  # as a decoding copy's weights between rollouts
+        parameter = next(policy.parameters())
+        parameter.data = parameter.data * 0.8
+    elif what == "told":
+        policy.weights_changed(tower=False)
+    elif what == "released":
+        recorded.release()
+        gc.collect()
+        assert steps() is None
+    sampling = replace(PLAIN, max_new_tokens=STEPS + 4 if what == "larger cache" else STEPS)
+    expected = engine(policy, 1).generate(prompts, 2, sampling)
+    assert words(recorded.generate(prompts, 2, sampling)) == words(expected)
+    gc.collect()
+    assert Tape.made[-1] is not tape and steps() is None
+    assert Tape.made[-1].captures == recorded.steps.recorded > 0
+
+
+def test_without_cuda_nothing_is_captured():
+    assert recorder("auto") is recorder("none") is Eager
+
+
+def test_a_pipeline_asks_the_host_after_each_tick(policy):
+    assert engine(policy, 8).decode_burst == 8 and Engine(policy, str, 100).decode_burst == 1
+    piped = SimpleNamespace(mesh=SimpleNamespace(pp_size=2))
+    assert Engine(piped, str, 100, decode_burst=8).decode_burst == 1  # type: ignore[arg-type]
