@@ -211,6 +211,12 @@ class RolloutConfig(Section):
     """Tokens of key/value cache per rank; completions wait until they fit."""
     max_prefill_tokens: PositiveInt = 32_768
     """Packed prompt tokens of one forward pass of the rollout; a single longer prompt gets one of its own."""
+    decode_burst: PositiveInt | None = None
+    """Ticks of decoding in a row on the device, before the host takes all their tokens; the completions are the same.
+    Empty: 8 on CUDA; 1 on a CPU, and where several pipeline stages generate, which take no other number."""
+    cuda_graphs: Literal["auto", "none"] = "auto"
+    """auto: on CUDA the ticks of bursts are captured, once for each of a few shapes, and replayed; none: their kernels
+    are launched one by one."""
 
 
 # Clip ranges (epsilon_low, epsilon_high) of the algorithms that need other ones than GRPO's.
@@ -378,6 +384,9 @@ class Config(Section):
                 f"pipeline_model_parallel_size={decoding.pipeline_model_parallel_size} does not divide the "
                 f"{training.ranks_of_a_copy} ranks that hold one copy of the model in training"
             )
+        stages = (decoding or training).pipeline_model_parallel_size
+        if stages > 1 and (self.rollout.decode_burst or 1) > 1:
+            raise ValueError(f"rollout.decode_burst={self.rollout.decode_burst} is for one stage; {stages} generate")
         if self.parallel.sequence_parallel and self.parallel.tensor_model_parallel_size == 1:
             raise ValueError("parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1")
         return self

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vlmr1.config import Config, decoding_layout
+from megatron_vlmr1.config import Config, ParallelConfig, decoding_layout
 from megatron_vlmr1.models import fp8
 from megatron_vlmr1.models.shape import padded
 from megatron_vlmr1.plan.activations import FP32, INDEX, Layer, Widths, chunk_kept, norm
@@ -175,7 +175,7 @@ class _Rank:
     def _rollout(self) -> Parts:
         layout = decoding_layout(self.cfg)
         if layout is None:
-            return Generation(self.cfg, self.shape, self.cfg.parallel, self.stage, self.load, self.item).peak()
+            return self._generation(self.cfg.parallel, self.stage, self.load).peak()
         copies = self.cfg.parallel.ranks_of_a_copy // layout.ranks_of_a_copy
         load = Load(
             -(-self.load.prompts // copies),
@@ -187,9 +187,11 @@ class _Rank:
         moments = []
         for stage in range(layout.pipeline_model_parallel_size):
             held = sum(chunk.parameters for chunk in stage_chunks(self.shape, layout, stage)) * self.item
-            generation = Generation(self.cfg, self.shape, layout, stage, load, self.item)
-            moments.append({"decoding copy": held, **generation.peak()})
+            moments.append({"decoding copy": held, **self._generation(layout, stage, load).peak()})
         return dearest(moments)
+
+    def _generation(self, layout: ParallelConfig, stage: int, load: Load) -> Generation:
+        return Generation(self.cfg, self.shape, layout, stage, load, self.item, self.device == "cuda")
 
     def _widths(self) -> Widths:
         return Widths.of(self.shape.text, self.cfg.parallel, self.item)

@@ -17,6 +17,7 @@ from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.models.specs import layers
 from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.rollout import graphs
 from megatron_vlmr1.rollout.decoding_copy import CopyEngine
 from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.rollout.sampling import Sampling
@@ -55,11 +56,12 @@ class Actor:
         self.load_weights(directory)
         self._rollout = cfg.rollout
         limits = cfg.rollout.max_cache_tokens, cfg.rollout.max_prefill_tokens
+        how = *limits, cfg.rollout.decode_burst, graphs.recorder(cfg.rollout.cuda_graphs)
         layout = decoding_layout(cfg)
         self.engine = (
-            Engine(self.policy, self.text, *limits)
+            Engine(self.policy, self.text, *how)
             if layout is None
-            else CopyEngine(self.policy, layout, banned, self.text, *limits)
+            else CopyEngine(self.policy, layout, banned, self.text, *how)
         )
 
     def load_weights(self, directory: Path) -> None:

@@ -12,6 +12,7 @@ from megatron_vlmr1.config import ParallelConfig
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.parallel import mesh as meshes
 from megatron_vlmr1.rollout.engine import Engine, Limits
+from megatron_vlmr1.rollout.graphs import Recorder
 from megatron_vlmr1.rollout.lane import OnFinish
 from megatron_vlmr1.rollout.reshard import Reshard
 from megatron_vlmr1.rollout.sampling import Sampling
@@ -34,6 +35,8 @@ class CopyEngine(Engine):
         decode_text: Callable[[IntArray], str],
         max_cache_tokens: int,
         max_prefill_tokens: int,
+        decode_burst: int | None = None,
+        recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         """Build the copy, without memory for its weights.
 
@@ -46,7 +49,7 @@ class CopyEngine(Engine):
             policy = Policy(training.shape, mesh, training.chunks[0].dtype, banned)
         for parameter in policy.parameters():
             parameter.requires_grad_(False)
-        super().__init__(policy, decode_text, max_cache_tokens, max_prefill_tokens)
+        super().__init__(policy, decode_text, max_cache_tokens, max_prefill_tokens, decode_burst, recorder)
         self._training = training
         self._reshard = Reshard(training.chunks, policy.chunks, training.mesh.model_group)
         self._version: int | None = None  # of the training weights that the copy holds
@@ -59,6 +62,7 @@ class CopyEngine(Engine):
 
     def release(self) -> None:
         """Give the memory of the copy back; the next rollout copies the weights again."""
+        super().release()
         self._version = None
         self.policy.forget_features()
         for parameter in self.policy.parameters():
@@ -100,7 +104,7 @@ class CopyEngine(Engine):
             parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
         self._training.settle()
         self._reshard()
-        self.policy.forget_features()
+        self.policy.weights_changed(tower=True)
         self._version = self._training.version
 
     def _shared(

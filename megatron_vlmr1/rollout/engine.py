@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from megatron_vlmr1.config.rules import ticks_in_a_row
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.rollout import graphs
 from megatron_vlmr1.rollout.bursts import Bursts, Steps
@@ -25,8 +26,6 @@ from megatron_vlmr1.types import Completion, IntArray, Prompt
 
 Limits = Sequence[Sequence[int]]  # most tokens of each completion of each prompt
 
-CUDA_BURST = 8  # ticks, where none are given: the host's part of each is then a small one, and a row that has ended
-# idles for 4 of them on average
 _ROUND = 64  # tokens that caches which are kept from call to call are rounded up to, to fit the next call as well
 
 
@@ -58,8 +57,7 @@ class Engine:
         self.decode_text = decode_text
         self.max_cache_tokens, self.max_prefill_tokens = max_cache_tokens, max_prefill_tokens
         self.cache_bytes = 0
-        default = CUDA_BURST if device.has_cuda() else 1
-        self.decode_burst = 1 if policy.mesh.pp_size > 1 else decode_burst or default
+        self.decode_burst = ticks_in_a_row(decode_burst, policy.mesh.pp_size, device.has_cuda())
         self.recorder = recorder or graphs.recorder("auto")
         self.steps: Steps | None = None
 

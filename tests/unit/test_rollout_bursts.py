@@ -12,6 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_vlmr1 import config
+from megatron_vlmr1.checkpoint.locate import hf_directory
+from megatron_vlmr1.config.rules import ticks_in_a_row
+from megatron_vlmr1.rollout.actor import Actor
 from megatron_vlmr1.rollout.cache_size import CacheSize, fit
 from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.rollout.graphs import Eager, recorder
@@ -340,7 +344,23 @@ def test_without_cuda_nothing_is_captured():
     assert recorder("auto") is recorder("none") is Eager
 
 
-def test_a_pipeline_asks_the_host_after_each_tick(policy):
-    assert engine(policy, 8).decode_burst == 8 and Engine(policy, str, 100).decode_burst == 1
-    piped = SimpleNamespace(mesh=SimpleNamespace(pp_size=2))
-    assert Engine(piped, str, 100, decode_burst=8).decode_burst == 1  # type: ignore[arg-type]
+def settings(**sections) -> config.Config:
+    raw = {"model": {"path": "asset:tiny_vlm"}, "data": {"train": "-"}, "precision": "fp32", **sections}
+    return config.parse(raw, "test")
+
+
+def test_how_many_ticks(mesh, policy):
+    assert [ticks_in_a_row(None, 1, cuda) for cuda in (False, True)] == [1, 8]
+    assert [ticks_in_a_row(given, 2, True) for given in (None, 1)] == [1, 1]
+    assert ticks_in_a_row(3, 1, True) == ticks_in_a_row(3, 1, False) == 3
+    assert Engine(policy, str, 100).decode_burst == 1
+    actor = Actor(hf_directory("asset:tiny_vlm"), settings(rollout={"decode_burst": 5, "cuda_graphs": "auto"}), mesh)
+    assert actor.engine.decode_burst == 5 and actor.engine.recorder is Eager
+
+
+def test_a_burst_is_for_one_stage():
+    piped = {"pipeline_model_parallel_size": 2}
+    with pytest.raises(ValueError, match="rollout.decode_burst=4 is for one stage; 2 generate"):
+        settings(parallel=piped, rollout={"decode_burst": 4})
+    settings(parallel=piped, rollout={"decode_burst": 1})
+    settings(parallel=piped, rollout={"decode_burst": 4, "tensor_model_parallel_size": 2})  # a copy of one stage
