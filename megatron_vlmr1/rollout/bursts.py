@@ -20,6 +20,7 @@ from megatron_vlmr1.rollout.lane import Burst, Lane
 from megatron_vlmr1.rollout.prefill import PromptEnds, prefill_job, tensor
 from megatron_vlmr1.rollout.sampling import Sampling, choose, seen_tokens
 from megatron_vlmr1.rollout.step import Bucket, Step
+from megatron_vlmr1.runtime import device
 
 
 class Steps:
@@ -31,6 +32,7 @@ class Steps:
         self._recorder = recorder
         self._steps: dict[tuple[Bucket, Sampling], tuple[Step, Callable[[], object]]] = {}
         self._state = _state(forward)
+        self._seen: torch.Tensor | None = None  # bool [rows of the cache, vocabulary / tp], where that matters
 
     @property
     def stale(self) -> bool:
@@ -50,13 +52,20 @@ class Steps:
         # Seeds, stops and limits are the lane's business.
         key = bucket, replace(sampling, seed=0, stop_ids=frozenset(), max_new_tokens=0)
         known = self._steps.get(key)
-        step = known[0] if known else Step(bucket, self.forward, self.cache, sampling, self.most_ticks)
+        step = known[0] if known else self._new(bucket, sampling)
         step.load(burst, first, seen)
         if known is None:
             known = self._steps[key] = step, self._recorder.record(step, step.reset)
         for _ in range(burst.ticks):
             known[1]()
         return step.drawn(burst.ticks)
+
+    def _new(self, bucket: Bucket, sampling: Sampling) -> Step:
+        if sampling.penalises and self._seen is None:
+            shape = self.cache.size.rows, self.forward.policy.vocabulary.rows
+            self._seen = torch.zeros(shape, dtype=torch.bool, device=device.device())
+        seen = self._seen if sampling.penalises else None
+        return Step(bucket, self.forward, self.cache, sampling, self.most_ticks, seen)
 
 
 def _state(forward: Forward) -> tuple[int, ...]:

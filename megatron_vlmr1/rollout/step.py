@@ -56,8 +56,20 @@ class Step:
     Rows and cells of padding compute with what lies in slots of the cache that nobody uses, and nobody looks at it.
     """
 
-    def __init__(self, bucket: Bucket, forward: Forward, cache: KvCache, sampling: Sampling, most_ticks: int) -> None:
-        """`sampling` is read but for its seed, stops and limit; at most `most_ticks` follow one another."""
+    def __init__(
+        self,
+        bucket: Bucket,
+        forward: Forward,
+        cache: KvCache,
+        sampling: Sampling,
+        most_ticks: int,
+        seen: torch.Tensor | None = None,
+    ) -> None:
+        """`sampling` is read but for its seed, stops and limit; at most `most_ticks` follow one another.
+
+        `seen`, which other buckets may share, has a place for each token that each row of the cache may have had, bool
+        [rows, vocabulary / tp]; None where nothing is penalised.
+        """
         self._bucket, self._forward, self._cache, self._sampling = bucket, forward, cache, sampling
         heads, rows = cache.own.shape[2], bucket.rows
         sizes = {
@@ -84,9 +96,7 @@ class Step:
         self._host_table = device.host_empty(self._table.shape, torch.float64)
         self._first: torch.Tensor | None = None
         self._entered = self._rows = 0
-        self._seen: torch.Tensor | None = None  # [rows, vocabulary / tp]
-        if sampling.penalises:
-            self._seen = torch.zeros(rows, forward.policy.vocabulary.rows, dtype=torch.bool, device=where)
+        self._seen = None if seen is None else seen[:rows]
         self._attention = _Attention(bucket, cache)
 
     def load(self, burst: Burst, first: torch.Tensor | None, seen: torch.Tensor | None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import inspect
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,11 +20,12 @@ from megatron_vlmr1.config.rules import ticks_in_a_row
 from megatron_vlmr1.rollout.actor import Actor
 from megatron_vlmr1.rollout.cache_size import CacheSize, fit
 from megatron_vlmr1.rollout.engine import Engine
-from megatron_vlmr1.rollout.graphs import Eager, recorder
+from megatron_vlmr1.rollout.graphs import CudaGraphs, Eager, recorder
 from megatron_vlmr1.rollout.kv_cache import Grid, KvCache, grid_numbers
 from megatron_vlmr1.rollout.lane import Lane, Request
 from megatron_vlmr1.rollout.sampling import Sampling
 from megatron_vlmr1.rollout.step import Bucket, _Attention
+from megatron_vlmr1.runtime import device
 from tests.checkpoints import mixed_prompts, write_random_checkpoint
 from tests.distributed import ranks, work
 from tests.distributed.plain import within
@@ -340,8 +343,52 @@ def test_recordings_are_dropped_with_what_they_point_to(mesh, directory, prompts
     assert Tape.made[-1].captures == recorded.steps.recorded > 0
 
 
-def test_without_cuda_nothing_is_captured():
+def test_without_cuda_nothing_is_captured(monkeypatch):
     assert recorder("auto") is recorder("none") is Eager
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    assert recorder("auto") is CudaGraphs and recorder("none") is Eager
+
+
+def test_what_cuda_is_asked_for(monkeypatch):
+    """In which order, on which streams, and with the arguments that torch's own classes take."""
+    events: list[tuple] = []
+    signature = inspect.signature(torch.cuda.graph.__init__)
+
+    class Stream:
+        def __init__(self, name: str = "side") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            events.append((self.name, "waits for", other.name))
+
+    @contextlib.contextmanager
+    def entered(*what: str):
+        events.append(("enter", *what))
+        yield
+        events.append(("leave", *what))
+
+    def graph(*args, **kwargs):
+        given = signature.bind(None, *args, **kwargs).arguments
+        assert isinstance(given["cuda_graph"], SimpleNamespace)
+        return entered("capture", given["pool"], given["stream"].name, given["capture_error_mode"])
+
+    for name, value in {
+        "Stream": Stream,
+        "current_stream": lambda: Stream("main"),
+        "stream": lambda stream: entered(stream.name),
+        "graph_pool_handle": lambda: "pool",
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: events.append(("replay",))),
+        "graph": graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    replay = CudaGraphs().record(lambda: events.append(("tick",)), lambda: events.append(("reset",)))
+    replay()
+    capture = ("capture", "pool", "side", "thread_local")
+    assert events == [
+        *[("side", "waits for", "main"), ("enter", "side"), ("tick",), ("leave", "side")],
+        *[("main", "waits for", "side"), ("reset",)],
+        *[("enter", *capture), ("tick",), ("leave", *capture), ("replay",)],
+    ]
 
 
 def settings(**sections) -> config.Config:
