@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatron_vlmr1.rollout.cache_size import CacheSize
 from megatron_vlmr1.rollout.forward import Forward
 from megatron_vlmr1.rollout.graphs import Recorder
 from megatron_vlmr1.rollout.kv_cache import KvCache
@@ -31,13 +32,13 @@ class Steps:
         self.forward, self.cache, self.most_ticks = forward, cache, most_ticks
         self._recorder = recorder
         self._steps: dict[tuple[Bucket, Sampling], tuple[Step, Callable[[], object]]] = {}
-        self._state = _state(forward)
+        self.addresses = forward.addresses()
         self._seen: torch.Tensor | None = None  # bool [rows of the cache, vocabulary / tp], where that matters
 
-    @property
-    def stale(self) -> bool:
-        """Whether the weights are others than those that ticks were recorded with, or lie elsewhere."""
-        return _state(self.forward) != self._state
+    def serves(self, forward: Forward, size: CacheSize) -> bool:
+        """Whether recordings can do the work of a new `forward`, which reads the weights where they are now."""
+        fits = self.cache.size == size and self.forward.positions >= forward.positions
+        return fits and self.addresses == forward.addresses()
 
     @property
     def recorded(self) -> int:
@@ -66,10 +67,6 @@ class Steps:
             self._seen = torch.zeros(shape, dtype=torch.bool, device=device.device())
         seen = self._seen if sampling.penalises else None
         return Step(bucket, self.forward, self.cache, sampling, self.most_ticks, seen)
-
-
-def _state(forward: Forward) -> tuple[int, ...]:
-    return forward.policy.version, *(p.data_ptr() for p in forward.policy.parameters())
 
 
 class Bursts:

@@ -137,13 +137,11 @@ class Engine:
 
     def _steps_for(self, size: CacheSize, positions: int) -> Steps:
         """Return what the last call left, if it fits."""
-        steps, self.steps = self.steps, None
-        if steps is None or steps.stale or steps.cache.size != size or steps.forward.positions < positions:
-            del steps  # before there is another cache
-            forward = Forward(self.policy, -(-positions // _ROUND) * _ROUND)
-            steps = Steps(forward, self._cache(forward, size), self.recorder(), self.decode_burst)
-        self.steps = steps
-        return steps
+        forward = Forward(self.policy, -(-positions // _ROUND) * _ROUND)
+        if self.steps is None or not self.steps.serves(forward, size):
+            self.steps = None  # before there is another cache
+            self.steps = Steps(forward, self._cache(forward, size), self.recorder(), self.decode_burst)
+        return self.steps
 
     def _cache(self, forward: Forward, size: CacheSize) -> KvCache:
         dtype, text = self.policy.chunks[0].dtype, self.policy.shape.text

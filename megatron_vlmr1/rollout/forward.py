@@ -8,7 +8,7 @@ than the kernels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -77,6 +77,13 @@ class Forward:
         everywhere = torch.arange(positions, device=device.device()).expand(3, -1)
         self._text = self.rotation(everywhere, query_scale=self.text.head_dim**-0.5)
 
+    def addresses(self) -> tuple[int, ...]:
+        """Return where the weights lie that a token meets on its way to its logits; for a model of one stage."""
+        model = self.policy.model
+        read = [getattr(layer, field.name) for layer in self.chunks[0] for field in fields(layer)]
+        ends = model.language.embedding.word_embeddings.weight, model.language.decoder.final_layernorm.weight
+        return tuple(weight.data_ptr() for weight in (*read, *ends, self.policy.output_weight()))
+
     def rotation(self, positions: torch.Tensor, query_scale: float = 1.0) -> Rotation:
         """Return the factors at M-RoPE positions [3, T], those of queries times a scale; in the type of activations."""
         angles = (positions.t()[:, :, None].float() * self._frequencies).sum(1)  # [T, D / 2]
@@ -124,7 +131,12 @@ class Forward:
         return self._normed(x, model.language.decoder.final_layernorm.weight) if model.post_process else x
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return `models.layers.rms_norm`, in half its kernels where there are no gradients."""
+        """Return `models.layers.rms_norm`, in half its kernels where there are no gradients.
+
+        On CUDA torch has one kernel, which rounds once, behind the weight, as Transformer Engine's does.
+        """
+        if x.is_cuda:
+            return F.rms_norm(x, weight.shape, weight, self.text.norm_eps)
         norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
         scale = torch.addcmul(self._eps, norm, norm, value=1.0 / x.shape[1]).rsqrt_()
         return (x * scale).type_as(x).mul_(weight)
