@@ -204,9 +204,8 @@ def _draw(logits: torch.Tensor, vocabulary: Vocabulary, random: torch.Tensor) ->
     # Not ends - masses: rounded, it could put the target before this rank's first token, which may be banned.
     within = (target - (ends[rank - 1] if rank else 0.0)) / masses[rank].clamp(min=1e-300)
     local = p.invert(within.clamp(0.0, 1.0) * p.reach)
-    mine = owner == rank
-    picked = torch.where(mine, logits.gather(1, local[:, None])[:, 0].double(), 0.0)
-    both = torch.stack((torch.where(mine, local + vocabulary.start, 0).double(), picked))
+    picked = logits.gather(1, local[:, None])[:, 0]
+    both = torch.stack(((local + vocabulary.start).double(), picked.double())).masked_fill_(owner != rank, 0.0)
     dist.all_reduce(both, group=vocabulary.group)
     return both[0].long(), both[1] - top - ends[-1].log()
 
@@ -235,7 +234,7 @@ class _Masses:
         index = _first_above(self._running, target)
         if self._p.shape[1] <= _SMALL:
             return index
-        before = torch.where(index > 0, self._running.gather(1, (index - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+        before = self._running.gather(1, (index - 1).clamp(min=0)[:, None])[:, 0].masked_fill(index == 0, 0.0)
         columns = index[:, None] * _BLOCK + torch.arange(_BLOCK, device=index.device)
         values = self._p.gather(1, columns.clamp(max=self._p.shape[1] - 1))
         values = values.masked_fill(columns >= self._p.shape[1], 0.0)

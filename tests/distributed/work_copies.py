@@ -16,6 +16,8 @@ from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.parallel.mesh import Mesh, building_for
 from megatron_vlmr1.rollout.decoding_copy import CopyEngine
 from megatron_vlmr1.rollout.sampling import Sampling
+from megatron_vlmr1.types import IntArray
+from tests.capture import Checked
 from tests.checkpoints import banned_ids, mixed_prompts
 from tests.distributed import work
 from tests.distributed.ranks import layout
@@ -51,7 +53,11 @@ def everything(root: Path) -> None:
 
 def engine_of(policy: Policy, decoding: ParallelConfig, source: Path, burst: int = 1) -> CopyEngine:
     """Return an engine on a copy of the policy."""
-    return CopyEngine(policy, decoding, banned_ids(source), lambda ids: " ".join(map(str, ids)), 10_000, 100, burst)
+
+    def text(ids: IntArray) -> str:
+        return " ".join(map(str, ids))
+
+    return CopyEngine(policy, decoding, banned_ids(source), text, 10_000, 100, burst, Checked)
 
 
 def one_copy(policy: Policy, decoding: ParallelConfig, source: Path, mesh: Mesh) -> dict[str, object]:

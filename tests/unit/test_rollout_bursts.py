@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint.locate import hf_directory
 from megatron_vlmr1.config.rules import ticks_in_a_row
+from megatron_vlmr1.models.logprobs import Vocabulary
 from megatron_vlmr1.rollout.actor import Actor
 from megatron_vlmr1.rollout.cache_size import CacheSize, fit
 from megatron_vlmr1.rollout.engine import Engine
@@ -24,9 +24,10 @@ from megatron_vlmr1.rollout.forward import Forward
 from megatron_vlmr1.rollout.graphs import CudaGraphs, Eager, recorder
 from megatron_vlmr1.rollout.kv_cache import Grid, KvCache, grid_numbers
 from megatron_vlmr1.rollout.lane import Lane, Request
-from megatron_vlmr1.rollout.sampling import Sampling
+from megatron_vlmr1.rollout.sampling import Sampling, choose
 from megatron_vlmr1.rollout.step import Bucket, _Attention
 from megatron_vlmr1.runtime import device
+from tests.capture import Capturable, Tape
 from tests.checkpoints import mixed_prompts, write_random_checkpoint
 from tests.distributed import ranks, work
 from tests.distributed.plain import within
@@ -230,63 +231,6 @@ def test_shapes_are_powers_of_two_or_all_there_is():
     assert bucket([0], 1, 256, 10).own_tokens == 256  # a whole round: column 0 belongs to its last tick
 
 
-class Tape(TorchDispatchMode):
-    """What a CUDA graph is, on a CPU: operators and the memory that they were called with.
-
-    A replay calls them on the same tensors, whatever those hold by now, and puts the results where they were then. A
-    recording fails on whatever would make the host wait for the device, or depends on values: that cannot be captured.
-    """
-
-    made: list[Tape] = []
-    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero", "equal", "_unique")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.captures = self.replays = 0
-        Tape.made.append(self)
-
-    def record(self, tick, reset):
-        tick()  # warms up: whoever counts ticks on the device must bear it
-        reset()
-        operators: list[tuple] = []
-        self._operators = operators
-        values = [x.clone() for x in self._held(tick)]
-        with self:
-            tick()
-        for x, value in zip(self._held(tick), values, strict=True):
-            x.copy_(value)  # capturing computes nothing
-        self.captures += 1
-
-        def replay() -> None:
-            self.replays += 1
-            for function, args, kwargs, results in operators:
-                found = function(*args, **kwargs)
-                for new, old in zip(_tensors(found), results, strict=True):
-                    if new.data_ptr() != old.data_ptr():
-                        old.copy_(new)
-
-        return replay
-
-    @staticmethod
-    def _held(tick) -> list[torch.Tensor]:
-        return [tick._numbers, tick._table, tick._cache.own, *filter(None.__ne__, [tick._seen])]
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.split(".")[0]
-        assert name not in self.REFUSED, name
-        if name in ("index", "index_put_", "_index_put_impl_"):
-            assert all(i is None or i.dtype != torch.bool for i in args[1]), "a mask as an index"
-        found = function(*args, **(kwargs or {}))
-        self._operators.append((function, args, kwargs or {}, _tensors(found)))
-        return found
-
-
-def _tensors(x: object) -> list[torch.Tensor]:
-    if isinstance(x, torch.Tensor):
-        return [x]
-    return [t for part in x for t in _tensors(part)] if isinstance(x, list | tuple) else []
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_recorded_ticks_give_the_same_and_are_kept_from_call_to_call(policy, prompts, way):
     expected = engine(policy, 1).generate(prompts, 4, WAYS[way])
@@ -299,6 +243,18 @@ def test_recorded_ticks_give_the_same_and_are_kept_from_call_to_call(policy, pro
     assert words(found) == words(expected) and gap(found, expected) <= 1e-5
     assert Tape.made[-1] is tape and recorded.steps.recorded == tape.captures
     assert captures <= tape.captures < 12 and tape.replays > replays
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_drawing_from_a_large_vocabulary_can_be_captured(mesh, way):
+    """Which takes other ways than one of 512 tokens."""
+    hidden, weight = (torch.randn(n, 16, generator=torch.Generator().manual_seed(n)) for n in (8, 5000))
+    vocabulary = Vocabulary(5000, 4990, [3, 7], mesh.tp_group, torch.device("cpu"))
+    random = None if WAYS[way].greedy else torch.linspace(0, 0.99, 8).double()
+    seen = hidden @ weight.t() > 1 if WAYS[way].penalises else None
+    with Capturable():
+        found = choose(vocabulary.logits(hidden, weight), vocabulary, WAYS[way], random, seen)
+    assert found.tokens.max() < 4990 and found.logprobs.isfinite().all()
 
 
 def test_recorded_ticks_in_a_small_cache(policy, prompts):
