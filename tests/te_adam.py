@@ -63,8 +63,9 @@ class FusedAdam(torch.optim.Optimizer):
         exp_avg_sq_dtype: torch.dtype = torch.float32,
         use_decoupled_grad: bool = False,
         store_param_remainders: bool = False,
+        capturable: bool = False,
     ) -> None:
-        assert adam_w_mode and not store_param_remainders and master_weight_dtype is torch.float32
+        assert adam_w_mode and not (store_param_remainders or capturable) and master_weight_dtype is torch.float32
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.master_weights, self.use_decoupled_grad = master_weights, use_decoupled_grad
         self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype, "master_param": torch.float32}

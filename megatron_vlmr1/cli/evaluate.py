@@ -90,6 +90,7 @@ def _be_a_rank(cfg: Config, label: str) -> int:
                 result = split.evaluate(actor, asked, shards, cfg, mesh)
                 split.write(result, f"{label}_{name}", Path(cfg.run_dir), mesh)
                 figures[name] = result.figures
+        actor.engine.release()
     # After the other ranks have left: resampling a large split may take longer than a collective may.
     if mesh.rank == 0:
         _write_results(cfg, label, figures, splits)

@@ -98,6 +98,7 @@ def _answer(args: argparse.Namespace, cfg: Config) -> dict[str, Any] | None:
         if args.ignore_eos:
             sampling = replace(sampling, stop_ids=frozenset())
         ((completion,),) = actor.answers([prompt], sampling)
+        actor.engine.release()
         if mesh.rank != 0:
             return None
     return {

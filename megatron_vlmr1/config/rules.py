@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_vlmr1.config.precision import PrecisionConfig
 from megatron_vlmr1.config.settings import Config, ParallelConfig, decoding_layout
 
+CUDA_BURST = 8  # ticks: the host's part of each is then small, and a row that has ended idles for 4 on average
 FP8_MULTIPLE = 16  # megatron-core's `get_fp8_align_size` of all three recipes
 FP8_BLOCK = 128  # numbers that share a scale in `blockwise`, along each side of a weight
 
@@ -18,6 +19,13 @@ def token_multiple(precision: PrecisionConfig, layout: ParallelConfig) -> int:
     """
     shares = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
     return shares * {"none": 1, "blockwise": FP8_BLOCK}.get(precision.fp8, FP8_MULTIPLE)
+
+
+def ticks_in_a_row(given: int | None, stages: int, cuda: bool) -> int:
+    """Return how many ticks of decoding follow each other without the host: `rollout.decode_burst`, or its default."""
+    if stages > 1:
+        return 1
+    return given or (CUDA_BURST if cuda else 1)
 
 
 def check_cache(cfg: Config) -> None:

@@ -195,6 +195,12 @@ class RolloutConfig(Section):
     """What completions that are trained on are sampled with. fp8: copies of the layers' matrices in e4m3 with a scale
     for each row, made after each update, and inputs with a scale for each token; on CPUs, on GPUs before Hopper and in
     fp32 the same numbers are emulated, which saves no time. Needs grpo.truncated_importance; never in evaluation."""
+    decode_burst: PositiveInt | None = None
+    """Ticks of decoding in a row on the device, before the host takes all their tokens; the completions are the same.
+    Empty: 8 on CUDA; 1 on a CPU, and where several pipeline stages generate, which take no other number."""
+    cuda_graphs: Literal["auto", "none"] = "auto"
+    """auto: on CUDA the ticks of bursts are captured, once for each of a few shapes, and replayed; none: their kernels
+    are launched one by one."""
 
 
 class RewardsConfig(Section):
@@ -346,6 +352,9 @@ class Config(Section):
                 f"pipeline_model_parallel_size={decoding.pipeline_model_parallel_size} does not divide the "
                 f"{training.ranks_of_a_copy} ranks that hold one copy of the model in training"
             )
+        stages = (decoding or training).pipeline_model_parallel_size
+        if stages > 1 and (self.rollout.decode_burst or 1) > 1:
+            raise ValueError(f"rollout.decode_burst={self.rollout.decode_burst} is for one stage; {stages} generate")
         if self.parallel.sequence_parallel and self.parallel.tensor_model_parallel_size == 1:
             raise ValueError("parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1")
         return self

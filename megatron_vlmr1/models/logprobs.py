@@ -53,7 +53,7 @@ class Vocabulary:
     def pick(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the logit of each label where this rank owns it, else 0. [n]"""
         local, owned = self.own(labels)
-        return torch.where(owned, logits.gather(1, local[:, None])[:, 0], 0.0)
+        return logits.gather(1, local[:, None])[:, 0].masked_fill(~owned, 0.0)
 
     def own(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return local row numbers (clamped) and whether this rank owns them."""

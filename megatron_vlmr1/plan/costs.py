@@ -71,7 +71,7 @@ class Device:
     Args:
         hardware: its numbers.
         precision: fp32, bf16 or fp8.
-        graphs: whether the host's time for kernels of generation is saved (CUDA graphs; this program has none).
+        graphs: whether the host's time for kernels of generation is saved (CUDA graphs), on CUDA.
     """
 
     def __init__(self, hardware: Hardware, precision: str, graphs: bool = False) -> None:
@@ -80,7 +80,7 @@ class Device:
         Raises:
             ValueError: the device has no such type.
         """
-        self.hardware, self.graphs = hardware, graphs
+        self.hardware, self.graphs = hardware, graphs and hardware.device == "cuda"
         self.item = ITEM_BYTES[precision]
         self.rates = hardware.rates
         self._peak, self._shares = hardware.peak(precision), hardware.matmul_shares

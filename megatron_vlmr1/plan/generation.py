@@ -1,6 +1,6 @@
 """What generation needs besides the weights: key/value cache, embeddings, prefill, and the logits of a tick. No torch.
 
-As `rollout.engine`, `rollout.pipe` and `rollout.forward` go about it.
+As `rollout.engine`, `rollout.pipe`, `rollout.bursts` and `rollout.forward` go about it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vlmr1.config import Config, ParallelConfig
+from megatron_vlmr1.config.rules import ticks_in_a_row
 from megatron_vlmr1.models.shape import padded
 from megatron_vlmr1.plan.activations import FP32, INDEX, Layer, Widths
 from megatron_vlmr1.plan.counts import cache_numbers, stage_layers
@@ -31,6 +32,13 @@ class Generation:
     stage: int
     load: Load  # of this copy of the model
     item: int
+    cuda: bool
+
+    @property
+    def in_bursts(self) -> bool:
+        """Whether several ticks follow each other without the host."""
+        given, stages = self.cfg.rollout.decode_burst, self.layout.pipeline_model_parallel_size
+        return ticks_in_a_row(given, stages, self.cuda) > 1
 
     @property
     def lanes(self) -> int:
@@ -62,6 +70,10 @@ class Generation:
         layers = sum(map(len, stage_layers(self.layout, text.num_layers, self.stage)))
         cache = self.lanes * size.tokens * cache_numbers(text, tp, layers) * self.item
         held = {"KV cache": cache, "rotary tables": self._tables(), "kept embeddings": self._embeddings()}
+        if self.cuda and self.in_bursts and self.cfg.rollout.cuda_graphs == "auto":
+            # What captured ticks need in between is the graphs' own memory; the first tokens are drawn beside it.
+            first = {"logits": size.rows * self._drawn()}
+            return joined(held, self._tick(size), dearest([*self._prefill(size), first]))
         return joined(held, dearest([*self._prefill(size), self._tick(size)]))
 
     def _widths(self) -> Widths:
@@ -111,6 +123,7 @@ class Generation:
         keys = load.prompt_tokens + load.new_tokens
         attended = rows * w.heads * (2 * keys * self.item + keys * FP32) + rows * (w.fused + 4 * w.ffn) * self.item
         attended += self._quantised(rows)
+        attended += self._masked(size) if self.in_bursts else 0
         if self.stage < self.layout.pipeline_model_parallel_size - 1:
             return {"decoding": attended}
         return dearest([{"decoding": attended}, {"logits": rows * self._drawn()}])
@@ -118,6 +131,15 @@ class Generation:
     def _quantised(self, rows: int) -> int:
         """Bytes of the widest input of a product on its way to FP8: divided by its scales in fp32, and in e4m3."""
         return rows * self._widths().ffn * (FP32 + 1) if self.cfg.rollout.quantization == "fp8" else 0
+
+    def _masked(self, size: CacheSize) -> int:
+        """Bytes of what `rollout.step` adds to scores, and of prompts' scores in places that a grid is padded with."""
+        load, text, tp = self.load, self.shape.text, self.layout.tensor_model_parallel_size
+        keys = size.rows * load.new_tokens + size.prompts * load.prompt_tokens
+        heads = max(1, text.num_kv_heads // tp)
+        width = 1 << (min(load.generations, size.rows) - 1).bit_length()
+        padding = max(0, size.prompts * width - size.rows)
+        return self.item * (keys * heads + padding * self._widths().heads * load.prompt_tokens)
 
     def _drawn(self) -> int:
         """Bytes of logits and what comes of them, of one row (`rollout.sampling`, `rollout.filters`).

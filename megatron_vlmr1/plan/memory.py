@@ -177,15 +177,15 @@ class _Rank:
     def _rollout(self) -> Parts:
         layout = decoding_layout(self.cfg)
         if layout is None:
-            generation = Generation(self.cfg, self.shape, self.cfg.parallel, self.stage, self.load, self.item)
+            generation = self._generation(self.cfg.parallel, self.stage, self.load)
             return joined(generation.peak(), self._quantised(self.cfg.parallel, self.stage))
         copies = self.cfg.parallel.ranks_of_a_copy // layout.ranks_of_a_copy
         load = replace(self.load, prompts=-(-self.load.prompts // copies))
         moments = []
         for stage in range(layout.pipeline_model_parallel_size):
             held = sum(chunk.parameters for chunk in stage_chunks(self.shape, layout, stage)) * self.item
-            generation = Generation(self.cfg, self.shape, layout, stage, load, self.item)
-            moments.append({"decoding copy": held, **generation.peak(), **self._quantised(layout, stage)})
+            peak = self._generation(layout, stage, load).peak()
+            moments.append({"decoding copy": held, **peak, **self._quantised(layout, stage)})
         return dearest(moments)
 
     def _quantised(self, layout: ParallelConfig, stage: int) -> Parts:
@@ -197,6 +197,9 @@ class _Rank:
         layers = sum(chunk.layers for chunk in stage_chunks(self.shape, layout, stage))
         emulated = max(rows * columns for rows, columns in sides) * FP32 if self.device == "cpu" else 0
         return {"FP8 copy": of_a_layer * layers, "emulated products": emulated}
+
+    def _generation(self, layout: ParallelConfig, stage: int, load: Load) -> Generation:
+        return Generation(self.cfg, self.shape, layout, stage, load, self.item, self.device == "cuda")
 
     def _widths(self) -> Widths:
         return Widths.of(self.shape.text, self.cfg.parallel, self.item)

@@ -35,18 +35,21 @@ class Engine:
     lanes: int  # of completions in flight; one behind virtual stages
     max_cache_tokens: int
     max_prefill_tokens: int
+    burst: int = 1  # ticks in a row, after which the host takes tokens
 
 
-def engine(training: Layout, decoding: tuple[int, int] | None, cache: int, prefill: int, num_layers: int) -> Engine:
+def engine(
+    training: Layout, decoding: tuple[int, int] | None, cache: int, prefill: int, num_layers: int, burst: int = 1
+) -> Engine:
     """Return what generates in a training layout; `decoding` is (tensor, pipeline) of a copy, if there is one."""
     if decoding is None:
         lanes = training.pp if training.vp == 1 else 1
-        return Engine(training, training.tp_link, training.pp_link, 1, False, lanes, cache, prefill)
+        return Engine(training, training.tp_link, training.pp_link, 1, False, lanes, cache, prefill, burst)
     tp, pp = decoding
     copies = training.tp * training.pp // (tp * pp)
     place = Layout(tp, pp, 1, training.dp * copies, False, (num_layers // pp,) * pp, training.per_node)
     tp_link, pp_link = decoding_links(training, tp, pp)
-    return Engine(place, tp_link, pp_link, copies, True, pp, cache, prefill)
+    return Engine(place, tp_link, pp_link, copies, True, pp, cache, prefill, burst)
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ def _round(
         SAMPLING_KERNELS,
         device.graphs,
     )
-    tick = Cost({"tick": device.hardware.overheads.tick_s.value})
+    tick = Cost({"tick": device.hardware.overheads.tick_s.value / which.burst})
     stages[-1] = stages[-1] + Cost(sampling) + tick
     if place.tp > 1:
         stages[-1] += device.all_reduce(which.tp_link, place.tp, 32.0 * rows, "tensor parallel")

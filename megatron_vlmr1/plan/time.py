@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_vlmr1.config import Config, ParallelConfig, RecomputeConfig, decoding_layout
-from megatron_vlmr1.config.rules import FP8_MULTIPLE
+from megatron_vlmr1.config.rules import FP8_MULTIPLE, ticks_in_a_row
 from megatron_vlmr1.plan import passes, rollout_time
 from megatron_vlmr1.plan.costs import NOTHING, Cost, Device, total
 from megatron_vlmr1.plan.hardware import Hardware
@@ -40,7 +40,8 @@ class Program:
         precision: of layers in training; generation is in bf16 where that is fp8.
         offloads: how often in a step the optimizer's state goes to the host and comes back.
         async_save: whether checkpoints are written while training goes on.
-        graphs: whether generation's kernels are launched as CUDA graphs; here they are not.
+        decode_burst: ticks of decoding in a row; None: the default of the hardware.
+        graphs: whether, on CUDA, ticks are launched as CUDA graphs; here, those of bursts.
         overlap: whether gradients, gathered weights and tensor-parallel sums hide behind compute; here they do not.
     """
 
@@ -58,6 +59,7 @@ class Program:
     precision: str = "bf16"
     offloads: int = 0
     async_save: bool = True
+    decode_burst: int | None = 1
     graphs: bool = False
     overlap: bool = False
 
@@ -68,6 +70,7 @@ def program(cfg: Config, num_layers: int, world: int, per_node: int) -> Program:
     Raises:
         ValueError: ranks or layers do not divide.
     """
+    stages = (decoding_layout(cfg) or cfg.parallel).pipeline_model_parallel_size
     iterations = cfg.grpo.num_iterations if cfg.method == "grpo" else 1
     return Program(
         place=layout(cfg.parallel, num_layers, world, per_node),
@@ -82,6 +85,8 @@ def program(cfg: Config, num_layers: int, world: int, per_node: int) -> Program:
         max_cache_tokens=cfg.rollout.max_cache_tokens,
         max_prefill_tokens=cfg.rollout.max_prefill_tokens,
         precision=cfg.precision.products,
+        decode_burst=cfg.rollout.decode_burst,
+        graphs=cfg.rollout.cuda_graphs == "auto" and ticks_in_a_row(cfg.rollout.decode_burst, stages, cuda=True) > 1,
         async_save=cfg.train.async_save,
         offloads={"none": 0, "rollout": int(cfg.method == "grpo"), "always": iterations}[cfg.optimizer.offload],
     )
@@ -195,9 +200,11 @@ def training_task(device: Device, shape: PlanShape, how: Program, work: Workload
 
 def rollout_parts(hardware: Hardware, shape: PlanShape, how: Program, work: Workload) -> dict[str, Cost]:
     """Return a rollout: copy, prefill, decode."""
+    stages = how.place.pp if how.decoding is None else how.decoding[1]
+    burst = ticks_in_a_row(how.decode_burst, stages, hardware.device == "cuda")
     device = Device(hardware, "bf16" if how.precision == "fp8" else how.precision, how.graphs)
     which = rollout_time.engine(
-        how.place, how.decoding, how.max_cache_tokens, how.max_prefill_tokens, shape.text.num_layers
+        how.place, how.decoding, how.max_cache_tokens, how.max_prefill_tokens, shape.text.num_layers, burst
     )
     return rollout_time.rollout(device, shape, which, work, how.place)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +18,7 @@ from megatron_vlmr1.models.families import read_shape
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.models.specs import layers
 from megatron_vlmr1.parallel.mesh import Mesh
+from megatron_vlmr1.rollout import graphs
 from megatron_vlmr1.rollout.decoding_copy import CopyEngine
 from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.rollout.lane import OnFinish
@@ -54,13 +56,19 @@ class Actor:
         dtype, freeze = device.DTYPES[cfg.precision.dtype], cfg.model.freeze_vision
         self.policy = Policy(shape, mesh, dtype, banned, freeze, cfg.recompute, layers(cfg))
         self.load_weights(directory)
-        self._rollout = cfg.rollout
-        limits = cfg.rollout.max_cache_tokens, cfg.rollout.max_prefill_tokens, cfg.rollout.quantization
+        self._rollout = rollout = cfg.rollout
+        how: dict[str, Any] = {
+            "max_cache_tokens": rollout.max_cache_tokens,
+            "max_prefill_tokens": rollout.max_prefill_tokens,
+            "decode_burst": rollout.decode_burst,
+            "recorder": graphs.recorder(rollout.cuda_graphs),
+            "quantization": rollout.quantization,
+        }
         layout = decoding_layout(cfg)
         self.engine = (
-            Engine(self.policy, self.text, *limits)
+            Engine(self.policy, self.text, **how)
             if layout is None
-            else CopyEngine(self.policy, layout, banned, self.text, *limits)
+            else CopyEngine(self.policy, layout, banned, self.text, **how)
         )
 
     def load_weights(self, directory: Path) -> None:

@@ -13,6 +13,7 @@ from megatron_vlmr1.config import ParallelConfig
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.parallel import mesh as meshes
 from megatron_vlmr1.rollout.engine import Engine, Limits
+from megatron_vlmr1.rollout.graphs import Recorder
 from megatron_vlmr1.rollout.lane import OnFinish
 from megatron_vlmr1.rollout.reshard import Reshard
 from megatron_vlmr1.rollout.sampling import Sampling
@@ -35,6 +36,8 @@ class CopyEngine(Engine):
         decode_text: Callable[[IntArray], str],
         max_cache_tokens: int,
         max_prefill_tokens: int,
+        decode_burst: int | None = None,
+        recorder: Callable[[], Recorder] | None = None,
         quantization: Literal["none", "fp8"] = "none",
     ) -> None:
         """Build the copy, without memory for its weights.
@@ -48,7 +51,9 @@ class CopyEngine(Engine):
             policy = Policy(training.shape, mesh, training.chunks[0].dtype, banned)
         for parameter in policy.parameters():
             parameter.requires_grad_(False)
-        super().__init__(policy, decode_text, max_cache_tokens, max_prefill_tokens, quantization)
+        super().__init__(
+            policy, decode_text, max_cache_tokens, max_prefill_tokens, decode_burst, recorder, quantization
+        )
         self._training = training
         self._reshard = Reshard(training.chunks, policy.chunks, training.mesh.model_group)
         self._version: int | None = None  # of the training weights that the copy holds

@@ -46,5 +46,5 @@ def _nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     """Drop the least likely tokens that together have at most 1 - top_p; the likeliest always stays."""
     ascending, order = logits.sort(dim=-1)
     dropped = torch.softmax(ascending, dim=-1).cumsum(-1) <= 1.0 - top_p
-    dropped[:, -1] = False
+    dropped[:, -1].fill_(False)
     return logits.masked_fill(dropped.scatter(1, order, dropped), _NEVER)

@@ -8,7 +8,7 @@ than the kernels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from megatron_vlmr1.models.pieces import OF_A_LAYER, spec_free
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.models.shape import TextShape
 from megatron_vlmr1.parallel.mesh import Mesh
-from megatron_vlmr1.rollout.quantised import QuantisedWeight, QuantisedWeights, linear
+from megatron_vlmr1.rollout.quantised import QuantisedWeight, QuantisedWeights, linear, tensors
 from megatron_vlmr1.runtime import device
 from megatron_vlmr1.types import ImagePatches
 
@@ -71,7 +71,7 @@ class Forward:
 
         Completions have positions below `positions`.
         """
-        self.policy = policy
+        self.policy, self.positions = policy, positions
         self.mesh: Mesh = policy.mesh
         self.text: TextShape = policy.shape.text
         self.chunks = [[_layer(module) for module in chunk.language.decoder.layers] for chunk in policy.chunks]
@@ -87,6 +87,14 @@ class Forward:
         self._frequencies = _frequencies(self.text).to(device.device())
         everywhere = torch.arange(positions, device=device.device()).expand(3, -1)
         self._text = self.rotation(everywhere, query_scale=self.text.head_dim**-0.5)
+
+    def addresses(self) -> tuple[int, ...]:
+        """Return where the weights lie that a token meets on its way to its logits; for a model of one stage."""
+        model = self.policy.model
+        held = [getattr(layer, field.name) for layer in self.chunks[0] for field in fields(layer)]
+        read = [tensor for weight in held for tensor in tensors(weight)]
+        ends = model.language.embedding.word_embeddings.weight, model.language.decoder.final_layernorm.weight
+        return tuple(weight.data_ptr() for weight in (*read, *ends, self.policy.output_weight()))
 
     def rotation(self, positions: torch.Tensor, query_scale: float = 1.0) -> Rotation:
         """Return the factors at M-RoPE positions [3, T], those of queries times a scale; in the type of activations."""
@@ -135,7 +143,12 @@ class Forward:
         return self._normed(x, model.language.decoder.final_layernorm.weight) if model.post_process else x
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return `models.layers.rms_norm`, in half its kernels where there are no gradients."""
+        """Return `models.layers.rms_norm`, in half its kernels where there are no gradients.
+
+        On CUDA torch has one kernel, which rounds once, behind the weight, as Transformer Engine's does.
+        """
+        if x.is_cuda:
+            return F.rms_norm(x, weight.shape, weight, self.text.norm_eps)
         norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
         scale = torch.addcmul(self._eps, norm, norm, value=1.0 / x.shape[1]).rsqrt_()
         return (x * scale).type_as(x).mul_(weight)

@@ -6,6 +6,8 @@ leaves is replaced by the last one in use.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -41,8 +43,9 @@ class KvCache:
 
     def columns(self, oldest: int, tick: int) -> slice:
         """Return the columns in use from one tick to another, or all of them where those run round the end."""
-        first, last = oldest % self.size.row_tokens, tick % self.size.row_tokens
-        return slice(first, last + 1) if first <= last else slice(0, self.size.row_tokens)
+        tokens = self.size.row_tokens
+        first, last = oldest % tokens, tick % tokens
+        return slice(first, last + 1) if first <= last and tick - oldest < tokens else slice(0, tokens)
 
     def move_rows(self, source: IntArray, target: IntArray, columns: slice) -> None:
         """Put rows, of which only some columns are in use, into other slots."""
@@ -69,12 +72,41 @@ class Prefill:
         return self._plan.attend(layer, qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1])
 
 
-class Occupancy:
-    """Which rows are decoded, of which prompts: the same from tick to tick until somebody comes or leaves.
+class Grid(NamedTuple):
+    """How rows lie side by side by prompts, whose keys are then read once for all their rows.
 
-    A prompt's keys are read once for all its rows, which lie side by side in a grid of prompts by rows. Entries are
-    (row, key/value head) pairs: the grid goes [prompts, Hkv, width], and holes repeat some row.
+    Entries are (row, key/value head) pairs: the grid goes [prompts, Hkv, width], and holes repeat some row.
     """
+
+    pairs: torch.Tensor  # [P * Hkv * width], the entry in each cell
+    cells: torch.Tensor  # [n * Hkv], the cell of each entry
+    batches: int  # P * Hkv
+
+    def to_grid(self, x: torch.Tensor) -> torch.Tensor:
+        """[n * Hkv, per, X] -> [P * Hkv, width * per, X]."""
+        return x.index_select(0, self.pairs).view(self.batches, -1, x.shape[2])
+
+    def to_rows(self, x: torch.Tensor, per: int) -> torch.Tensor:
+        """[P * Hkv, width * per, X] -> [n * Hkv, per, X]."""
+        return x.view(-1, per, x.shape[2]).index_select(0, self.cells)
+
+
+def grid_numbers(prompt_of_row: IntArray, prompts: int, width: int, heads: int) -> tuple[IntArray, IntArray]:
+    """Return `Grid.pairs` and `Grid.cells` of rows [n], by the slots of their prompts; none has more than `width`."""
+    rows = len(prompt_of_row)
+    counts = np.bincount(prompt_of_row, minlength=prompts)
+    place = np.empty(rows, dtype=np.int64)  # within its group
+    order = np.argsort(prompt_of_row, kind="stable")
+    place[order] = np.arange(rows) - np.repeat(np.cumsum(counts) - counts, counts)
+    grid = np.zeros((prompts, width), dtype=np.int64)
+    grid[prompt_of_row, place] = np.arange(rows)
+    head = np.arange(heads)
+    pairs = (grid[:, None] * heads + head[:, None]).reshape(-1)
+    return pairs, ((prompt_of_row[:, None] * heads + head) * width + place[:, None]).reshape(-1)
+
+
+class Occupancy:
+    """Which rows are decoded, of which prompts: the same from tick to tick until somebody comes or leaves."""
 
     def __init__(self, cache: KvCache, lengths: IntArray, prompt_of_row: IntArray, since: IntArray) -> None:
         """Look at the first rows and prompts of a cache.
@@ -86,42 +118,49 @@ class Occupancy:
             since: first tick [n] whose keys each row sees.
         """
         self.rows, prompts, heads = len(prompt_of_row), len(lengths), cache.own.shape[2]
-        counts = np.bincount(prompt_of_row, minlength=prompts)
-        place = np.empty(self.rows, dtype=np.int64)  # within its group
-        order = np.argsort(prompt_of_row, kind="stable")
-        place[order] = np.arange(self.rows) - np.repeat(np.cumsum(counts) - counts, counts)
-        width = int(counts.max())
-        rows = np.zeros((prompts, width), dtype=np.int64)
-        rows[prompt_of_row, place] = np.arange(self.rows)
-        head = np.arange(heads)
-        self._batches = prompts * heads
-        self._pairs = _index((rows[:, None] * heads + head[:, None]).reshape(-1))
-        self._cells = _index(((prompt_of_row[:, None] * heads + head) * width + place[:, None]).reshape(-1))
-        self.tokens = int(lengths.max())  # of the longest prompt
-        self.keys, self.values = _by_layer(cache.prompt[:, :prompts, :, :, : self.tokens])
+        width = int(np.bincount(prompt_of_row).max())
+        pairs, cells = grid_numbers(prompt_of_row, prompts, width, heads)
+        self.grid = Grid(_index(pairs), _index(cells), prompts * heads)
+        tokens = int(lengths.max())  # of the longest prompt
+        self.keys, self.values = by_layer(cache.prompt[:, :prompts, :, :, :tokens])
         self.mask = None  # [P * Hkv, 1, tokens]
-        if (lengths != self.tokens).any():
-            self.mask = _mask(np.arange(self.tokens) < lengths[:, None], cache)
+        if (lengths != tokens).any():
+            self.mask = _mask(np.arange(tokens) < lengths[:, None], cache)
         self.since = since
         self.oldest = int(since.min())
         self.alike = bool((since == self.oldest).all())  # whether all rows see equally many of their own keys
 
-    def to_grid(self, x: torch.Tensor) -> torch.Tensor:
-        """[n * Hkv, per, X] -> [P * Hkv, width * per, X]."""
-        return x.index_select(0, self._pairs).view(self._batches, -1, x.shape[2])
 
-    def to_rows(self, x: torch.Tensor, per: int) -> torch.Tensor:
-        """[P * Hkv, width * per, X] -> [n * Hkv, per, X]."""
-        return x.view(-1, per, x.shape[2]).index_select(0, self._cells)
-
-
-def _by_layer(x: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+def by_layer(x: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Return of each layer keys [slots * Hkv, D, tokens] and values [slots * Hkv, tokens, D], views of a cache.
 
     All layers at once: in a tick of few rows, taking views layer by layer takes longer than the kernels.
     """
     x = x.flatten(1, 2)
     return x[:, :, 0].transpose(2, 3).unbind(0), x[:, :, 1].unbind(0)
+
+
+class Seen(NamedTuple):
+    """Keys [B, D, tokens], values [B, tokens, D], and what is added to scores [B, 1, tokens]; None: nothing."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def attend(q: torch.Tensor, grid: Grid, prompt: Seen, own: Seen) -> torch.Tensor:
+    """Attention of q [n * Hkv, per, D], divided by sqrt(D), over prompts' keys, in the grid, and the rows' own."""
+    per = q.shape[1]
+    at_prompt = grid.to_rows(_scores(grid.to_grid(q), prompt), per)
+    scores = torch.cat((at_prompt, _scores(q, own)), dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(q)
+    at_prompt, at_own = weights.split((prompt.keys.shape[2], own.keys.shape[2]), dim=-1)
+    from_prompt = grid.to_rows(torch.bmm(grid.to_grid(at_prompt), prompt.values), per)
+    return torch.baddbmm(from_prompt, at_own, own.values)
+
+
+def _scores(q: torch.Tensor, seen: Seen) -> torch.Tensor:
+    return torch.bmm(q, seen.keys) if seen.mask is None else torch.baddbmm(seen.mask, q, seen.keys)
 
 
 class Decode:
@@ -133,9 +172,9 @@ class Decode:
         columns = cache.columns(occupancy.oldest, tick)
         used = columns.stop - columns.start
         own = cache.own[:, : occupancy.rows]
-        self._occupancy, self._split = occupancy, (occupancy.tokens, used)
+        self._occupancy = occupancy
         self._new = own[:, :, :, :, tick % tokens].unbind(0)  # of each layer [n, Hkv, keys and values, D]
-        self._keys, self._values = _by_layer(own[:, :, :, :, columns])
+        self._keys, self._values = by_layer(own[:, :, :, :, columns])
         self._mask = None  # [n * Hkv, 1, tokens]
         if not occupancy.alike or used > tick + 1 - occupancy.oldest:
             age = (tick - np.arange(columns.start, columns.stop)) % tokens  # ticks since each column was written
@@ -146,13 +185,9 @@ class Decode:
         prompts = self._occupancy
         self._new[layer].copy_(qkv[:, :, -2:])
         q = qkv.flatten(0, 1)[:, :-2]  # rows and heads are one dimension from here on: [n * Hkv, ...]
-        _, per, d = q.shape
-        at_prompt = prompts.to_rows(_scores(prompts.to_grid(q), prompts.keys[layer], prompts.mask), per)
-        scores = torch.cat((at_prompt, _scores(q, self._keys[layer], self._mask)), dim=-1)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).type_as(q)
-        at_prompt, at_own = weights.split(self._split, dim=-1)
-        from_prompt = prompts.to_rows(torch.bmm(prompts.to_grid(at_prompt), prompts.values[layer]), per)
-        return torch.baddbmm(from_prompt, at_own, self._values[layer]).view(prompts.rows, -1, d)
+        prompt = Seen(prompts.keys[layer], prompts.values[layer], prompts.mask)
+        own = Seen(self._keys[layer], self._values[layer], self._mask)
+        return attend(q, prompts.grid, prompt, own).view(prompts.rows, -1, q.shape[2])
 
 
 def _mask(seen: npt.NDArray[np.bool_], cache: KvCache) -> torch.Tensor:
@@ -160,10 +195,6 @@ def _mask(seen: npt.NDArray[np.bool_], cache: KvCache) -> torch.Tensor:
     heads, dtype = cache.own.shape[2], cache.own.dtype
     mask = torch.from_numpy(np.where(seen, 0.0, _NEVER).repeat(heads, 0)[:, None])
     return mask.to(device.device(), dtype)
-
-
-def _scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return torch.bmm(q, k) if mask is None else torch.baddbmm(mask, q, k)
 
 
 def _index(values: IntArray) -> torch.Tensor:

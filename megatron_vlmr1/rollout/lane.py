@@ -29,6 +29,21 @@ class Request:
     limit: int  # most tokens
 
 
+@dataclass(frozen=True)
+class Burst:
+    """Ticks in a row in which nobody comes or leaves, as n rows of P prompts stand when it begins."""
+
+    ticks: int
+    first: int  # number of its first tick
+    entered: int  # rows from here on draw their first token before the first tick
+    slots: IntArray  # [n] of the rows' prompts
+    since: IntArray  # [n], first tick whose keys each row sees
+    tokens: IntArray  # [n], what each row is fed in the first tick; of those that entered, anything
+    positions: IntArray  # [n], its M-RoPE position
+    uniforms: npt.NDArray[np.float64]  # [ticks + 1, n], in [0, 1), for each token; the first row for first tokens
+    lengths: IntArray  # [P], tokens of the prompts, by slot
+
+
 class _Rows:
     """The completions in the cache, by slot; those in use are the first `n`."""
 
@@ -59,6 +74,9 @@ class Lane:
 
     A tick is: `admit`; prefill the prompts that `entering` names and decode the first `decoding` rows; then `take` a
     token for all rows. Who finishes leaves at once, and whoever waits has the place in the next tick.
+
+    Where the host is not to be asked after each tick: `let_in`; prefill the prompts that `entering` names and draw a
+    token for the rows behind the first `decoding`; `begin_burst`; its ticks; then `take_burst`.
     """
 
     def __init__(
@@ -96,8 +114,12 @@ class Lane:
 
     def admit(self) -> None:
         """Begin a tick: let in whoever fits."""
-        rows = self._rows
         self.tick += 1
+        self.let_in()
+
+    def let_in(self) -> None:
+        """Let in whoever fits: rows behind the first `decoding`."""
+        rows = self._rows
         self.decoding, self.entering = rows.n, []
         tokens = 0
         while self._waiting and rows.n < self.size.rows:
@@ -140,11 +162,13 @@ class Lane:
     def occupancy(self, cache: KvCache) -> Occupancy:
         """Return the rows that are decoded and their prompts."""
         if self._occupancy is None:
-            settled = self._resident[: len(self._resident) - len(self.entering)]
-            lengths = np.array([len(self.prompts[i].token_ids) for i in settled])
             n, rows = self.decoding, self._rows
+            lengths = self._lengths()[: len(self._resident) - len(self.entering)]
             self._occupancy = Occupancy(cache, lengths, rows.slot[:n], rows.since[:n])
         return self._occupancy
+
+    def _lengths(self) -> IntArray:
+        return np.array([len(self.prompts[i].token_ids) for i in self._resident])
 
     def uniforms(self) -> npt.NDArray[np.float64]:
         """Return a number in [0, 1) for each row's next token [n]."""
@@ -177,10 +201,61 @@ class Lane:
         if n > self.decoding:
             self._occupancy = None
         if ended.any():
-            self._occupancy = None
-            for i in np.flatnonzero(ended):
-                self._complete(int(i), bool(stopped[i]))
-            self._compact(~ended, cache)
+            self._leave(np.flatnonzero(ended), stopped, cache)
+
+    def begin_burst(self, most: int) -> Burst:
+        """Begin up to `most` ticks, none of them after the last row's limit: perhaps none at all."""
+        rows, n = self._rows, self._rows.n
+        known = np.arange(n) < self.decoding  # those who have a token
+        left = rows.limit[:n] - rows.length[:n] - ~known
+        ticks = min(most, int(left.max()))
+        first, self.tick = self.tick + 1, self.tick + ticks
+        places = np.maximum(rows.length[:n] - 1, 0)
+        # What rows draw behind their limits is thrown away.
+        drawn = np.minimum(places + np.arange(ticks + 1)[:, None], rows.uniforms.shape[1] - 1)
+        return Burst(
+            ticks,
+            first,
+            self.decoding,
+            rows.slot[:n].copy(),
+            rows.since[:n].copy(),
+            rows.tokens[np.arange(n), places],
+            rows.start[:n] + places,
+            rows.uniforms[np.arange(n), drawn],
+            self._lengths(),
+        )
+
+    def take_burst(self, tokens: IntArray, logprobs: FloatArray, cache: KvCache) -> None:
+        """End a burst with its tokens; what rows drew after their last token is thrown away.
+
+        Args:
+            tokens: [ticks + 1, n]; in the first row the first tokens of those who entered, of others anything.
+            logprobs: [ticks + 1, 2, n]: at T=1, and under the distribution that was drawn from.
+            cache: where the rows' keys lie.
+        """
+        rows, n, count = self._rows, self._rows.n, len(tokens)
+        begins = (np.arange(n) < self.decoding).astype(np.int64)  # number of each row's first new token
+        number = np.arange(count)[:, None]
+        stops = (tokens[:, :, None] == self._stops).any(2) & (number >= begins)
+        stop = np.where(stops.any(0), stops.argmax(0), count)
+        last = np.minimum(stop, begins + rows.limit[:n] - rows.length[:n] - 1)
+        t, i = np.nonzero((number >= begins) & (number <= last))
+        places = rows.length[i] + t - begins[i]
+        rows.tokens[i, places] = tokens[t, i]
+        rows.logprobs[i, :, places] = logprobs[t, :, i]
+        rows.length[:n] += np.minimum(last + 1, count) - begins
+        ended = np.flatnonzero(last < count)
+        if len(ended):
+            self._leave(ended[np.argsort(last[ended], kind="stable")], stop == last, cache)
+
+    def _leave(self, ended: IntArray, stopped: npt.NDArray[np.bool_], cache: KvCache) -> None:
+        """Complete rows in the order in which they ended, whether they `stopped` [n] by themselves or not."""
+        self._occupancy = None
+        for i in ended:
+            self._complete(int(i), bool(stopped[i]))
+        stays = np.ones(self._rows.n, dtype=np.bool_)
+        stays[ended] = False
+        self._compact(stays, cache)
 
     def _complete(self, row: int, stopped: bool) -> None:
         rows = self._rows

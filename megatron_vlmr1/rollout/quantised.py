@@ -92,6 +92,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor | QuantisedWeight, bias: torch.
     return weight.product(x, bias) if isinstance(weight, QuantisedWeight) else F.linear(x, weight, bias)
 
 
+def tensors(weight: torch.Tensor | QuantisedWeight) -> tuple[torch.Tensor, ...]:
+    """Return what a product reads of a weight."""
+    return (weight.values, weight.scales) if isinstance(weight, QuantisedWeight) else (weight,)
+
+
 class Matrices(NamedTuple):
     """Those of a layer, in the order of `OF_A_LAYER`."""
 

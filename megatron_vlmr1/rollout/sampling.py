@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_vlmr1.models.logprobs import Vocabulary
 from megatron_vlmr1.rollout.filters import filtered
+from megatron_vlmr1.runtime import device
 from megatron_vlmr1.types import IntArray
 
 _SMALL = 2048  # tokens whose running sum is taken at once
@@ -40,6 +42,11 @@ class Sampling:
         return (self.repetition_penalty, self.top_k, self.top_p, self.min_p) != (1.0, 0, 1.0, 0.0)
 
     @property
+    def penalises(self) -> bool:
+        """Whether it matters which tokens there were."""
+        return self.repetition_penalty != 1.0
+
+    @property
     def changed(self) -> bool:
         """Whether tokens are drawn from another distribution than the model's own."""
         return self.filters or self.temperature != 1.0
@@ -51,6 +58,10 @@ class Choice(NamedTuple):
     tokens: torch.Tensor  # [n] int64, the same on all ranks of the tensor-parallel group
     logprobs: torch.Tensor  # [n] float64, at T=1 over the vocabulary less the banned tokens
     drawn_logprobs: torch.Tensor  # [n] float64, under the distribution that the token was drawn from
+
+    def table(self) -> torch.Tensor:
+        """Return [3, n] float64, in which token ids are exact."""
+        return torch.stack((self.tokens.double(), self.logprobs, self.drawn_logprobs))
 
 
 def streams(seed: int, prompts: IntArray, completions: IntArray) -> npt.NDArray[np.uint64]:
@@ -73,6 +84,17 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def seen_tokens(history: Sequence[IntArray], vocabulary: Vocabulary) -> torch.Tensor:
+    """Return which of this rank's tokens [n, vocabulary / tp] occur in each row's history, on the device."""
+    rows = np.repeat(np.arange(len(history)), [len(ids) for ids in history])
+    local = np.concatenate(history) - vocabulary.start
+    mine = (local >= 0) & (local < vocabulary.rows)
+    seen = torch.zeros((len(history), vocabulary.rows), dtype=torch.bool, device=device.device())
+    at = torch.from_numpy(np.stack((rows[mine], local[mine]))).to(seen.device)
+    seen[at[0], at[1]] = True
+    return seen
 
 
 def choose(
@@ -182,9 +204,8 @@ def _draw(logits: torch.Tensor, vocabulary: Vocabulary, random: torch.Tensor) ->
     # Not ends - masses: rounded, it could put the target before this rank's first token, which may be banned.
     within = (target - (ends[rank - 1] if rank else 0.0)) / masses[rank].clamp(min=1e-300)
     local = p.invert(within.clamp(0.0, 1.0) * p.reach)
-    mine = owner == rank
-    picked = torch.where(mine, logits.gather(1, local[:, None])[:, 0].double(), 0.0)
-    both = torch.stack((torch.where(mine, local + vocabulary.start, 0).double(), picked))
+    picked = logits.gather(1, local[:, None])[:, 0]
+    both = torch.stack(((local + vocabulary.start).double(), picked.double())).masked_fill_(owner != rank, 0.0)
     dist.all_reduce(both, group=vocabulary.group)
     return both[0].long(), both[1] - top - ends[-1].log()
 
@@ -213,7 +234,7 @@ class _Masses:
         index = _first_above(self._running, target)
         if self._p.shape[1] <= _SMALL:
             return index
-        before = torch.where(index > 0, self._running.gather(1, (index - 1).clamp(min=0)[:, None])[:, 0], 0.0)
+        before = self._running.gather(1, (index - 1).clamp(min=0)[:, None])[:, 0].masked_fill(index == 0, 0.0)
         columns = index[:, None] * _BLOCK + torch.arange(_BLOCK, device=index.device)
         values = self._p.gather(1, columns.clamp(max=self._p.shape[1] - 1))
         values = values.masked_fill(columns >= self._p.shape[1], 0.0)

@@ -76,6 +76,15 @@ def _pinned(size: int) -> mmap.mmap:
     return pages
 
 
+def fetch(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy a tensor of the device into host memory, and wait for what was asked of the device up to here, no longer."""
+    target.copy_(source, non_blocking=True)
+    if has_cuda():
+        done = torch.cuda.Event()
+        done.record()
+        done.synchronize()
+
+
 def name() -> str | None:
     """Return the name of this process's GPU; None on a CPU."""
     return torch.cuda.get_device_name() if has_cuda() else None

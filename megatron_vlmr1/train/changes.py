@@ -17,6 +17,8 @@ _FREE_KEYS = {
     "model.spec",
     "rollout.max_cache_tokens",
     "rollout.max_prefill_tokens",
+    "rollout.decode_burst",
+    "rollout.cuda_graphs",
     "rollout.tensor_model_parallel_size",
     "rollout.pipeline_model_parallel_size",
     "optimizer.offload",

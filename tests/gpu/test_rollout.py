@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
+from megatron_vlmr1.rollout import graphs
 from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.rollout.sampling import Sampling
 from tests.checkpoints import mixed_prompts
@@ -44,8 +43,6 @@ def test_in_bf16_the_gap_is_one_of_roundings(directory, mesh, report):
 
 def test_weights_in_fp8_say_nearly_what_those_in_bf16_say(directory, mesh, report):
     """On Hopper through `torch._scaled_mm`, elsewhere emulated; the log-probs are those of what was sampled from."""
-    if "quantization" not in inspect.signature(Engine).parameters:
-        pytest.skip("this program generates with weights as they are")
     prompts = mixed_prompts(directory)
     policy, exact = (work.policy(directory, mesh, dtype) for dtype in (BF16, FP32))
     engine = Engine(policy, str, 10_000, quantization="fp8")
@@ -60,10 +57,6 @@ def test_weights_in_fp8_say_nearly_what_those_in_bf16_say(directory, mesh, repor
 @pytest.mark.parametrize("sampling", [SAMPLED, Sampling(TOKENS, frozenset(), greedy=True)], ids=["sampled", "greedy"])
 def test_graphs_draw_the_tokens_of_eager_kernels(directory, mesh, report, sampling):
     """The same tokens, again when the recorded ticks are used again, and other ones after the weights have changed."""
-    if "recorder" not in inspect.signature(Engine).parameters:
-        pytest.skip("this program has no CUDA graphs")
-    from megatron_vlmr1.rollout import graphs
-
     prompts, policy = mixed_prompts(directory), work.policy(directory, mesh, FP32)
     eager = Engine(policy, str, 10_000, decode_burst=1)
     recorded = Engine(policy, str, 10_000, decode_burst=4, recorder=graphs.recorder("auto"))

@@ -93,6 +93,25 @@ def test_a_cache_and_a_copy_for_generation() -> None:
         settings(rollout={"tensor_model_parallel_size": 2})
 
 
+def test_captured_ticks_have_memory_of_their_own() -> None:
+    """By hand: 3 prompts of 100 tokens x 6 completions of 20, two key/value heads and four query heads, fp32."""
+    work = {"data": {"train": "-", "max_prompt_tokens": 100}, "train": {"prompts_per_step": 3}}
+    rollout = {"num_generations": 6, "max_new_tokens": 20}
+
+    def held(device: Any, **more: Any) -> dict[str, int]:
+        return rank_memory(settings(**work, rollout={**rollout, **more}), TINY, 1, device)[0].phases["rollout"]
+
+    ticks = held("cuda", decode_burst=1)
+    assert "decoding" not in ticks and ticks["prefill"] > 0  # the dearer moment
+    assert held("cuda", cuda_graphs="none") == held("cuda", decode_burst=1, cuda_graphs="auto") == ticks
+    attended = 18 * 4 * 120 * (2 + 1) * 4 + 18 * (256 + 4 * 256) * 4
+    masks, padding = (18 * 20 + 3 * 100) * 2 * 4, (3 * 8 - 18) * 4 * 100 * 4  # groups of 6 in a grid 8 wide
+    assert held("cuda") == {**ticks, "decoding": attended + masks + padding}
+    assert held("cpu") == held("cpu", decode_burst=4) == held("cpu", cuda_graphs="none")  # less than prefill
+    piped = settings(pp=2, **work, rollout=rollout)
+    assert [s.phases["rollout"].get("decoding") for s in rank_memory(piped, TINY, 2)] == [None, None]
+
+
 def test_micro_batches_are_cut_as_the_update_cuts_them() -> None:
     """Against `data.packing`, with prompts and completions of the same lengths."""
     import numpy as np

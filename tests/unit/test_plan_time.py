@@ -275,8 +275,10 @@ def test_what_makes_a_step_slower():
         more -= seconds("grpo.num_iterations=3")["update"]
         assert more == pytest.approx(times * 2 * state / H100.rates["pcie"], rel=1e-3)
     assert seconds("recompute.granularity=full", "recompute.modules=null")["update"] > base["update"]
-    assert seconds("rollout.max_new_tokens=512")["rollout"] > 1.9 * base["rollout"]
+    assert seconds("rollout.max_new_tokens=512")["rollout"] > 1.7 * base["rollout"]  # prefill stays
     assert seconds("rollout.max_cache_tokens=9216")["rollout"] > 2 * base["rollout"]  # groups one after another
+    launched, each = seconds("rollout.cuda_graphs=none")["rollout"], seconds("rollout.decode_burst=1")["rollout"]
+    assert base["rollout"] < launched < each == seconds("rollout.decode_burst=1", "rollout.cuda_graphs=none")["rollout"]
     assert "logprobs" not in seconds("grpo.beta=0")
     assert seconds("grpo.num_iterations=2")["update"] == pytest.approx(2 * base["update"])
     # Twice the devices and prompts: the same work, but gradients and weights of 2 x 10^9 parameters cross the network.

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_vlmr1.models.policy import Policy
 from megatron_vlmr1.parallel.mesh import Mesh
 from megatron_vlmr1.plan.rollout_time import LAYER_KERNELS, SAMPLING_KERNELS
+from megatron_vlmr1.rollout import graphs
 from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.rollout.sampling import Sampling
 from megatron_vlmr1.telemetry.flops import language_flops
@@ -39,16 +40,12 @@ def measure(bench: Bench, mesh: Mesh) -> None:
 def _as_graphs(bench: Bench) -> dict[str, Any]:
     if not bench.cuda:
         raise NotMeasured("CUDA graphs need CUDA")
-    try:
-        from megatron_vlmr1.rollout.graphs import recorder
-    except ImportError as error:
-        raise NotMeasured("this program has no CUDA graphs") from error
-    return {"recorder": recorder("auto")}
+    return {"recorder": graphs.recorder("auto")}
 
 
 # The options of the engine, by the way in which it decodes.
 _ENGINES: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "eager": lambda _: models.one_by_one(),
+    "eager": lambda _: {"decode_burst": 1},
     "graphs": _as_graphs,
     "fp8 weights": lambda _: {"quantization": "fp8"},
 }
@@ -116,7 +113,7 @@ def _bytes(policy: Policy, prompts: list[Prompt], rows: int, own: float, in_fp8:
 def _tick(bench: Bench, mesh: Mesh) -> Row:
     """Time ticks of a model of one layer, less what the plan says that its kernels' launches take."""
     cfg = models.settings(bench)
-    engine = models.engine(models.policy(mesh, models.shape(bench, "3b", 1), cfg), cfg, **models.one_by_one())
+    engine = models.engine(models.policy(mesh, models.shape(bench, "3b", 1), cfg), cfg, decode_burst=1)
     load = models.work(bench).load
     prompts = models.prompts(engine.policy.shape, replace(load, prompts=1))
     seconds, _ = _seconds_of_a_tick(bench, engine, prompts, load.generations)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -131,19 +130,8 @@ def policy(mesh: Mesh, of: VlmShape, cfg: Config) -> Policy:
 
 
 def engine(policy: Policy, cfg: Config, **options: Any) -> Engine:
-    """Return what generates; texts are empty, as there is no tokenizer.
-
-    Raises:
-        NotMeasured: this program's engine has no such option.
-    """
-    if unknown := options.keys() - inspect.signature(Engine).parameters.keys():
-        raise NotMeasured(f"this program's engine has no {', '.join(sorted(unknown))}")
+    """Return what generates; texts are empty, as there is no tokenizer."""
     return Engine(policy, lambda ids: "", cfg.rollout.max_cache_tokens, cfg.rollout.max_prefill_tokens, **options)
-
-
-def one_by_one() -> dict[str, Any]:
-    """Return the options with which an engine decodes a tick at a time, kernel by kernel."""
-    return {"decode_burst": 1} if "decode_burst" in inspect.signature(Engine).parameters else {}
 
 
 def with_fewer_layers(count: int, measure: Callable[[int], Row]) -> Row:
