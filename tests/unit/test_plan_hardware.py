@@ -101,7 +101,7 @@ def test_known_efficiencies_are_found_again():
     for size, gpus, overrides in (
         ("3b", 8, []),
         ("3b", 8, ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]),
-        ("7b", 8, ["rollout.max_new_tokens=1024"]),
+        ("7b", 8, ["rollout.max_new_tokens=1024", "rollout.decode_burst=2"]),
         ("7b", 16, ["train.micro_batch_tokens=65536", "data.max_prompt_tokens=16000"]),
         ("32b", 32, ["rollout.num_generations=32"]),
         ("72b", 64, []),

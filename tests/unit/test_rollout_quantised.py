@@ -131,7 +131,7 @@ def directory(tmp_path_factory):
 
 
 def engine(policy, quantization="fp8") -> Engine:
-    return Engine(policy, lambda ids: " ".join(map(str, ids)), 10_000, 1 << 62, quantization)
+    return Engine(policy, lambda ids: " ".join(map(str, ids)), 10_000, quantization=quantization)
 
 
 class Linear(torch.nn.Module):
@@ -223,7 +223,7 @@ def test_copies_follow_the_weights_in_place(mesh, directory):
 def test_a_decoding_copy_is_quantised_anew(mesh, directory):
     policy, prompts = work.load_policy(directory, mesh), mixed_prompts(directory)[:2]
     greedy = Sampling(6, frozenset(), greedy=True)
-    with_copy = CopyEngine(policy, ParallelConfig(), banned_ids(directory), str, 10_000, 1 << 62, "fp8")
+    with_copy = CopyEngine(policy, ParallelConfig(), banned_ids(directory), str, 10_000, 1 << 62, quantization="fp8")
     own = engine(policy)
     for factor in (1.0, 1.5):
         with torch.no_grad():
@@ -280,7 +280,9 @@ def test_the_plan_counts_the_copy(mesh, directory, rollout):
     (on,), (off,) = (rank_memory(each, shape, 1, "cuda") for each in (cfg, plain_cfg))
     weights = quantised.QuantisedWeights(work.load_policy(directory, mesh))
     weights.refresh()
-    assert on.phases["rollout"]["FP8 copy"] == on.peak("rollout") - off.peak("rollout") == weights.nbytes
+    assert on.phases["rollout"]["FP8 copy"] == weights.nbytes
+    captured = 16 * 8 * 96 * (4 + 1)  # inputs on their way in a tick, which has memory of its own as a CUDA graph
+    assert on.peak("rollout") - off.peak("rollout") == weights.nbytes + captured
     assert all(on.peak(phase) == off.peak(phase) for phase in ("logprobs", "update", "save"))
     (emulated,) = rank_memory(cfg, shape, 1, "cpu")
     assert emulated.phases["rollout"]["emulated products"] == 2 * 96 * 64 * 4
@@ -291,7 +293,9 @@ def test_the_plan_counts_inputs_on_their_way():
     layout = ParallelConfig(tensor_model_parallel_size=4, pipeline_model_parallel_size=2)  # two lanes of four prompts
     shape, load = read_plan_shape("qwen2.5-vl-7b"), []
     for each in ("fp8", "none"):
-        made = Generation(settings(rollout={"quantization": each}), shape, layout, 0, Load(8, 2, 1000, 100, ()), 2)
+        made = Generation(
+            settings(rollout={"quantization": each}), shape, layout, 0, Load(8, 2, 1000, 100, ()), 2, cuda=False
+        )
         load.append((made._prefill(made.size())[0]["prefill"], made._tick(made.size())["decoding"]))
     (prefill, tick), (before, tick_before) = load
     assert prefill - before == 4000 * 18944 // 4 * (2 + 4 + 1 - 2 * 2)
