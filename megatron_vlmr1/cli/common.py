@@ -56,6 +56,7 @@ def configure_logging() -> None:
         root.removeHandler(former)
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # 0.19 warns each run of its future
     logging.getLogger("megatron_vlmr1").setLevel(level if rank == 0 else max(logging.WARNING, getattr(logging, level)))
 
 

@@ -35,7 +35,9 @@ def convert(capfd: pytest.CaptureFixture[str], *words: object) -> tuple[int, lis
     code = main(["convert", *map(str, words)])
     out, err = capfd.readouterr()
     assert (out == "") == (code != 0)
-    return code, [line for line in err.splitlines() if not line.startswith("export ")]
+    # Nor what a torch that is built for CUDA says where there is none.
+    said = [line for line in err.splitlines() if "No CUDA runtime is found" not in line]
+    return code, [line for line in said if not line.startswith("export ")]
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
