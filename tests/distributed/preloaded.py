@@ -4,5 +4,9 @@ from megatron_vlmr1.runtime import device
 
 device.prepare_megatron()
 
+import torch._dynamo  # noqa: E402, F401 - by the first optimizer
+from transformers import AutoTokenizer  # noqa: E402, F401
+
 from megatron_vlmr1.train import grpo, sft  # noqa: E402, F401
+from tests import jobs  # noqa: E402, F401
 from tests.distributed import work  # noqa: E402, F401
