@@ -45,9 +45,9 @@ def client(service: RewardService) -> Iterator[RewardClient]:
 @pytest.fixture(scope="module")
 def unharmed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardClient]:
     """A client of a service that nobody kills, for tests of what it answers."""
-    with RewardService(CONFIG, tmp_path_factory.mktemp("unharmed"), [OWN]) as running:
-        with RewardClient(running.address) as connected:
-            yield connected
+    folder = tmp_path_factory.mktemp("unharmed")
+    with RewardService(CONFIG, folder, [OWN]) as running, RewardClient(running.address) as connected:
+        yield connected
 
 
 def submit(client: RewardClient, item_id: int | str, reward: str, completion: str = "", solution: str = "") -> None:
@@ -322,12 +322,10 @@ def test_garbage_on_the_socket_is_refused(service: RewardService, client: Reward
         [b"\xdd\xff\xff\xff\xff"],
         [b"\x91" * 100_000],
         [b"x" * (wire.MAX_ITEM_BYTES + 5000)],
+        [wire.pack(["score", [1, 2, 3]]), b"\xc1", wire.pack([["echo"], 3]), wire.pack([[["echo"]], {}])],
     ]
     for frames in garbage:
         stranger.send_multipart(frames)
-    stranger.send_multipart(
-        [wire.pack(["score", [1, 2, 3]]), b"\xc1", wire.pack([["echo"], 3]), wire.pack([[["echo"]], {}])]
-    )
     for number in range(20):
         submit(client, number, "echo", "1")
     assert all(score.value == 1.0 for score in client.collect(range(20), TIMEOUT_S).values())
@@ -337,9 +335,8 @@ def test_garbage_on_the_socket_is_refused(service: RewardService, client: Reward
 
 
 def test_no_orphans_after_kill_9(tmp_path: Path) -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tmp_path), str(OWN)], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", PARENT, str(tmp_path), str(OWN)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pids = [int(word) for word in parent.stdout.readline().split()]
     assert len(pids) == 1 + CONFIG.workers
