@@ -92,7 +92,7 @@ def run_forked(nproc: int, *words: object, before: Callable[[], None] | None = N
     return next(filter(None, codes), 0), "\n".join(said if len(set(codes)) > 1 else said[:1])
 
 
-def be_program(words: list[str], before: Callable[[], None] | None) -> None:
+def be_program(words: list[str], before: Callable[[], None] | None = None) -> None:
     """Be a rank of ``vlmr1 words…``."""
     if before is not None:
         before()
