@@ -70,11 +70,11 @@ def test_every_legal_layout_holds_every_number_of_transformers_own_model_once(pu
 
 
 def test_the_tool_prints_every_layout(capsys):
-    check_coverage.main(["7b", "--json"])
+    check_coverage.main(["3b", "--json"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["tp"], row["pp"]) for row in rows] == [(tp, pp) for tp in POWERS for pp in POWERS]
-    assert rows[0]["gb"] == [2 * PARAMETERS["7b"] / 1e9] and rows[0]["error"] is None
-    assert sum(row["error"] is None for row in rows) == LEGAL["7b"]
+    assert rows[0]["gb"] == [2 * PARAMETERS["3b"] / 1e9] and rows[0]["error"] is None
+    assert sum(row["error"] is None for row in rows) == LEGAL["3b"]
     assert "nearest tensor x pipeline sizes that fit: " in rows[-1]["error"] and rows[-1]["gb"] == []
 
 
