@@ -6,6 +6,7 @@ tests/unit.
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
     places = [Path(os.path.abspath(arg.partition("::")[0])) for arg in config.args]
     if not places or any(ROOT / "tests" / "gpu" not in (place, *place.parents) for place in places):
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what was imported: otherwise it takes a quarter of the time of building modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -10,13 +10,13 @@ import multiprocessing.connection
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_vlmr1.config import ParallelConfig
-from megatron_vlmr1.launch.local import GRACE_S, log_path
+from megatron_vlmr1.launch.local import ORDERLY_GRACE_S, log_path
 from megatron_vlmr1.runtime import device, distributed
 from megatron_vlmr1.runtime.children import die_with_parent
 
@@ -51,19 +51,26 @@ def run(nproc: int, function: Callable[..., None], directory: Path, **arguments:
     name = f"{function.__module__}:{function.__name__}"
     logs = directory / f"logs_{function.__name__}"
     logs.mkdir(exist_ok=True)
+    codes = fork(nproc, be_rank, (name, str(directory), json.dumps(arguments)), logs)
+    tails = {rank: log_path(logs, rank).read_text()[-3000:] for rank in range(nproc)}
+    assert set(codes) == {0}, "\n".join([f"{name}: {codes}", *(f"--- rank {r}\n{tail}" for r, tail in tails.items())])
+
+
+def fork(nproc: int, work: Callable[..., None], arguments: Sequence[Any], logs: Path) -> list[int]:
+    """Call `work(*arguments)` on `nproc` ranks, forked from a process that has imported what all of them need.
+
+    Their output goes to `logs`. Returns their exit codes; soon after one has failed, the others are killed.
+    """
     shared = {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1"}
     shared["VLMR1_INIT_METHOD"] = (logs / f"rendezvous_{time.time_ns()}").as_uri()
-    server = multiprocessing.get_context("forkserver")  # ranks that need not import what all of them need
+    server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tests.distributed.preloaded"])
     processes = []
     for rank in range(nproc):
-        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        work = (name, str(directory), json.dumps(arguments), variables, str(log_path(logs, rank)))
-        processes.append(server.Process(target=be_rank, args=work))
+        environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(server.Process(target=_be, args=(work, arguments, environment, str(log_path(logs, rank)))))
         processes[-1].start()
-    codes = _wait(processes)
-    tails = {rank: log_path(logs, rank).read_text()[-3000:] for rank in range(nproc)}
-    assert set(codes) == {0}, "\n".join([f"{name}: {codes}", *(f"--- rank {r}\n{tail}" for r, tail in tails.items())])
+    return _wait(processes)
 
 
 def _wait(processes: list[Any]) -> list[int]:
@@ -77,13 +84,13 @@ def _wait(processes: list[Any]) -> list[int]:
             waiting.remove(process)
             if process.exitcode != 0:
                 for other in waiting:
-                    other.join(GRACE_S)
+                    other.join(ORDERLY_GRACE_S)
                     other.kill()
     return [process.exitcode for process in processes]
 
 
-def be_rank(name: str, directory: str, arguments: str, variables: dict[str, str], log: str) -> None:
-    """Be one rank, in a process forked from one with all imports."""
+def _be(work: Callable[..., None], arguments: Sequence[Any], variables: dict[str, str], log: str) -> None:
+    """Be a process that was forked from one with all imports."""
     die_with_parent()
     os.environ.update(variables)
     with open(log, "wb") as out:
@@ -91,6 +98,11 @@ def be_rank(name: str, directory: str, arguments: str, variables: dict[str, str]
         os.dup2(out.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)
     faulthandler.enable()
+    work(*arguments)
+
+
+def be_rank(name: str, directory: str, arguments: str) -> None:
+    """Join the other ranks and call the function of that name."""
     device.prepare_megatron()
     distributed.start(TIMEOUT_S)
     module, _, function = name.partition(":")

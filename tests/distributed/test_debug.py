@@ -27,7 +27,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     """A run on two data-parallel ranks that saved its rollouts."""
     folder = tmp_path_factory.mktemp("saved")
     config = jobs.write_config(folder, shards, parallel=DP2, train=TRAIN, debug={"save_rollouts": True})
-    code, output = jobs.run("train", config, "--nproc", 2)
+    code, output = jobs.run_forked(2, "train", config)
     assert code == 0, output
     return folder / "run"
 
@@ -35,7 +35,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 def replayed(folder: Path, shards: Path, saved: Path, nproc: int, *overrides: str, **sections: dict) -> Path:
     debug = {"replay_rollouts": str(saved / "rollouts")}
     config = jobs.write_config(folder, shards, **{"parallel": DP2, "train": TRAIN, "debug": debug, **sections})
-    code, output = jobs.run("train", config, "--nproc", nproc, *overrides)
+    code, output = jobs.run_forked(nproc, "train", config, *overrides)
     assert code == 0, output
     return folder / "run"
 
@@ -86,11 +86,12 @@ def test_a_replay_on_other_ranks_has_the_same_gradients(
 def test_what_was_not_saved_is_refused(tmp_path: Path, shards: Path, saved: Path) -> None:
     debug = {"replay_rollouts": str(saved / "rollouts")}
     config = jobs.write_config(tmp_path, shards, parallel=DP2, train=TRAIN, debug=debug)
-    code, output = jobs.run("train", config, "seed=1")
+    code, output = jobs.run_forked(1, "train", config, "seed=1")
     assert code == 2 and "is not what the rollout was made of" in output
-    code, output = jobs.run("train", config, "train.steps=3")
+    code, output = jobs.run_forked(1, "train", config, "train.steps=3")
     assert code == 2 and "step_2/rank_0.msgpack: No such file" in output
-    code, output = jobs.run("train", config, "run_dir=" + str(tmp_path / "other"), "rewards.weights.format_rec=1")
+    words = [f"run_dir={tmp_path / 'other'}", "rewards.weights.format_rec=1"]
+    code, output = jobs.run_forked(1, "train", config, *words)
     assert code == 2 and "was scored without format_rec" in output
     code, output = jobs.run("train", config, f"debug.replay_rollouts={tmp_path / 'gone'}")
     assert code == 2 and "gone: no such directory" in output
@@ -99,7 +100,7 @@ def test_what_was_not_saved_is_refused(tmp_path: Path, shards: Path, saved: Path
 def test_generate_and_score_without_training(tmp_path: Path, shards: Path, saved: Path) -> None:
     debug = {"skip_update": True, "save_rollouts": True}
     config = jobs.write_config(tmp_path, shards, parallel=DP2, train=TRAIN, debug=debug)
-    code, output = jobs.run("train", config, "--nproc", 2)
+    code, output = jobs.run_forked(2, "train", config)
     assert code == 0, output
     run = tmp_path / "run"
     rows = [row for _, row in read_metrics(run)]
@@ -109,7 +110,7 @@ def test_generate_and_score_without_training(tmp_path: Path, shards: Path, saved
     start, end = plain.read(hf_directory("asset:tiny_vlm")), plain.read(run / f"checkpoints/step_{STEPS}/hf")
     assert (plain.flat(start) == plain.flat(end)).all()
     # An optimizer that never stepped was saved, and goes on from there.
-    code, output = jobs.run("train", config, "--nproc", 2, f"train.steps={STEPS + 1}")
+    code, output = jobs.run_forked(2, "train", config, f"train.steps={STEPS + 1}")
     assert code == 0 and [step for step, _ in read_metrics(run)] == list(range(STEPS + 1)), output
     # Its rollouts can be trained on: the first one is that of the run that trained.
     (tmp_path / "trained").mkdir()

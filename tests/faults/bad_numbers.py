@@ -1,23 +1,16 @@
-"""`vlmr1` with bad numbers on one rank at some steps, counted from 0.
-
-Called as ``bad_numbers.py nan|flip RANK STEP,STEP… WORDS…``: a completion's log-probs are not numbers, as from a faulty
-kernel; or a bit of the last norm flips right after the optimizer's step.
-"""
+"""Bad numbers on one rank at some steps, counted from 0."""
 
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from megatron_vlmr1.cli.main import main
-
 
 def spoil(rank: str, steps: set[int]) -> None:
-    """Let the rollouts of these steps on that rank have a completion with a NaN."""
+    """Let a completion of these steps on that rank have log-probs that are no numbers, as from a faulty kernel."""
     from megatron_vlmr1.train import grpo
 
     original = grpo.rollout
@@ -36,7 +29,7 @@ def spoil(rank: str, steps: set[int]) -> None:
 
 
 def flip(rank: str, steps: set[int]) -> None:
-    """Flip the lowest bit of a weight after these steps on that rank."""
+    """Flip the lowest bit of a weight of the last norm right after these steps of the optimizer on that rank."""
     import torch
 
     from megatron_vlmr1.grpo.update import Updater
@@ -52,8 +45,3 @@ def flip(rank: str, steps: set[int]) -> None:
         return out
 
     Updater.step = step
-
-
-if __name__ == "__main__":
-    {"nan": spoil, "flip": flip}[sys.argv[1]](sys.argv[2], set(map(int, sys.argv[3].split(","))))
-    sys.exit(main(sys.argv[4:]))

@@ -19,7 +19,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     """A run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    code, output = jobs.run("train", jobs.write_config(folder, shards), "--nproc", 2)
+    code, output = jobs.run_forked(2, "train", jobs.write_config(folder, shards))
     assert code == 0, output
     run = folder / "run"
     assert all(row["train/grad_norm"] > 0 for _, row in read_metrics(run))  # or there would be nothing to resume

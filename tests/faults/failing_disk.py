@@ -1,9 +1,4 @@
-"""`vlmr1` on a disk that fails: as each checkpoint is written, one rank cannot write one file.
-
-Called as ``failing_disk.py PLAN WORDS…``; PLAN has one entry for each attempt to save, ``RANK:NAME`` for a file whose
-name begins with NAME, or ``-`` for an attempt that succeeds; attempts after the last entry succeed. ``RANK:tensor``
-fails in the middle of the optimizer's file, as torch says it.
-"""
+"""A disk that fails: as each checkpoint is written, one rank cannot write one file."""
 
 from __future__ import annotations
 
@@ -14,10 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_vlmr1.cli.main import main
-
 
 def break_disk(plan: list[str]) -> None:
+    """Let this rank's saves fail as `plan` says.
+
+    It has one entry for each attempt to save, ``RANK:NAME`` for a file whose name begins with NAME, or ``-`` for an
+    attempt that succeeds; attempts after the last entry succeed. ``RANK:tensor`` fails in the middle of the optimizer's
+    file, as torch says it.
+    """
     import torch
 
     from megatron_vlmr1.train.checkpoints import Checkpoints
@@ -54,8 +53,3 @@ def break_disk(plan: list[str]) -> None:
     Checkpoints.save = save
     torch.save = in_cpp
     sys.addaudithook(audit)
-
-
-if __name__ == "__main__":
-    break_disk(sys.argv[1].split(","))
-    sys.exit(main(sys.argv[2:]))

@@ -6,24 +6,22 @@ import json
 import math
 import re
 import shlex
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_vlmr1.checkpoint.store import verify
 from megatron_vlmr1.data.rollouts import first_position, read_rollout
-from megatron_vlmr1.launch.local import run_ranks
 from megatron_vlmr1.telemetry.metrics import read_metrics
 from tests import jobs
+from tests.faults.bad_numbers import flip, spoil
 
 DP2 = {"tensor_model_parallel_size": 1}
 
 
 @pytest.mark.timeout(200)
-def test_three_in_a_row_end_the_run_and_each_can_be_replayed(
-    tmp_path: Path, shards: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_three_in_a_row_end_the_run_and_each_can_be_replayed(tmp_path: Path, shards: Path) -> None:
     config = jobs.write_config(
         tmp_path,
         shards,
@@ -31,10 +29,7 @@ def test_three_in_a_row_end_the_run_and_each_can_be_replayed(
         grpo={"truncated_importance": 2.0},
         train={"steps": 9, "save_every": 2, "async_save": False},
     )
-    script = str(Path(__file__).with_name("bad_numbers.py"))
-    command = [sys.executable, script, "nan", "1", "1,3,4,5", "train", str(config)]
-    code = run_ranks(2, command, tmp_path / "logs")
-    said = capfd.readouterr().err
+    code, said = jobs.run_forked(2, "train", config, before=partial(spoil, "1", {1, 3, 4, 5}))
     assert code == 17, said
     run = tmp_path / "run"
     rows = dict(read_metrics(run))
@@ -42,7 +37,7 @@ def test_three_in_a_row_end_the_run_and_each_can_be_replayed(
     assert [rows[step]["train/skipped"] for step in rows] == [0, 1, 0, 1, 1]
     assert [math.isnan(rows[step]["train/loss"]) for step in rows] == [False, True, False, True, True]
     assert all("train/grad_spike" not in row for row in rows.values())  # too early to say
-    outcome = json.loads((tmp_path / "logs/outcome.json").read_text())
+    outcome = json.loads((tmp_path / "run/logs/attempt_0/outcome.json").read_text())
     assert (outcome["code"], outcome["step"]) == (17, 5) and "not finite in three" in outcome["reason"]
 
     # The last checkpoint holds what the last good step left: step 3 was the last one that trained.
@@ -58,7 +53,7 @@ def test_three_in_a_row_end_the_run_and_each_can_be_replayed(
     assert [int(step) for step, _, _ in commands] == [2, 4, 5, 6]
     assert [Path(base).name for _, base, _ in commands] == ["asset:tiny_vlm", "step_2", "step_4", "step_4"]
 
-    code, output = jobs.run(*shlex.split(commands[-1][2]))
+    code, output = jobs.run_forked(1, *shlex.split(commands[-1][2]))
     assert code == 0, output
     [(step, row)] = read_metrics(bad / "replay_5")
     assert (step, row["train/skipped"], row["data/consumed"]) == (5, 1.0, 24)
@@ -67,15 +62,11 @@ def test_three_in_a_row_end_the_run_and_each_can_be_replayed(
 
 
 @pytest.mark.timeout(200)
-def test_a_bit_that_flips_in_one_copy_ends_the_run_before_it_is_saved(
-    tmp_path: Path, shards: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bit_that_flips_in_one_copy_ends_the_run_before_it_is_saved(tmp_path: Path, shards: Path) -> None:
     config = jobs.write_config(tmp_path, shards, parallel=DP2, train={"save_every": 1})
-    script = str(Path(__file__).with_name("bad_numbers.py"))
-    code = run_ranks(2, [sys.executable, script, "flip", "1", "1", "train", str(config)], tmp_path / "logs")
-    said = capfd.readouterr().err
+    code, said = jobs.run_forked(2, "train", config, before=partial(flip, "1", {1}))
     assert code == 17, said
-    outcome = json.loads((tmp_path / "logs/outcome.json").read_text())
+    outcome = json.loads((tmp_path / "run/logs/attempt_0/outcome.json").read_text())
     assert (outcome["code"], outcome["step"]) == (17, 2)
     name = "language.decoder.final_layernorm.weight"
     assert outcome["reason"].startswith(f"{name} differs from the other copies: either rank 0 on "), outcome

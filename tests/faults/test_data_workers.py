@@ -40,7 +40,7 @@ def test_a_mixture_is_trained_on_and_each_loss_is_in_the_ledger(tmp_path: Path, 
     mixture = [{"path": str(shards), "weight": 3}, {"path": str(other), "weight": 1}]
     data = {"train": mixture, "lanes": 4, "workers": 1}
     config = jobs.write_config(tmp_path, shards, data=data)
-    code, output = jobs.run("train", config, "--nproc", 2)  # 4 steps of 4 prompts: a whole block
+    code, output = jobs.run_forked(2, "train", config)  # 4 steps of 4 prompts: a whole block
     assert code == 0, output
     ledger = [json.loads(line) for line in (tmp_path / "run" / "ledger" / "rank_0.jsonl").read_text().splitlines()]
     assert len(ledger) == 4  # the quarter that the absent set was to give
@@ -53,5 +53,5 @@ def test_a_mixture_is_trained_on_and_each_loss_is_in_the_ledger(tmp_path: Path, 
     ]
     positions = {row["position"] for row in drawn} if drawn and "position" in drawn[0] else set()
     assert not positions & {row["position"] for row in ledger}
-    code, output = jobs.run("train", config, "--nproc", 2, "data.train=" + str(shards))
+    code, output = jobs.run_forked(2, "train", config, "data.train=" + str(shards))
     assert code == 2 and "was started with data.train=" in output

@@ -22,15 +22,10 @@ REFILLING = {
 }
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return jobs.build_shards(tmp_path_factory.mktemp("data"), "train", 64)
-
-
 @pytest.mark.timeout(250)
 def test_killed_in_a_refill_it_resumes_bit_for_bit(tmp_path: Path, shards: Path) -> None:
     whole = jobs.write_config(tmp_path, shards, "whole", **REFILLING)
-    code, output = jobs.run("train", whole, "--nproc", 2)
+    code, output = jobs.run_forked(2, "train", whole)
     assert code == 0, output
     rows = [row for _, row in read_metrics(tmp_path / "whole")]
     rounds = [row["grpo/rounds"] for row in rows]
@@ -50,7 +45,7 @@ def test_killed_in_a_refill_it_resumes_bit_for_bit(tmp_path: Path, shards: Path)
     assert jobs.finish(job)[0] not in (0, 85)
     done = len(read_metrics(tmp_path / "run"))
     assert done == next(i for i, n in enumerate(rounds) if n >= 3)  # the killed step left no trace
-    code, output = jobs.run("train", config, "--nproc", 2)
+    code, output = jobs.run_forked(2, "train", config)
     assert code == 0, output
     assert f"step_{done}" in output and "resuming from" in output
     assert jobs.checkpoint_hashes(tmp_path / "run", 3) == jobs.checkpoint_hashes(tmp_path / "whole", 3)
@@ -71,7 +66,7 @@ def test_it_ends_when_no_score_ever_differs(tmp_path: Path, shards: Path) -> Non
         rewards={"weights": {"format": 1.0}},
         train={"steps": 2, "save_every": 0},
     )
-    code, output = jobs.run("train", config)
+    code, output = jobs.run_forked(1, "train", config)
     assert code == 0, output
     rows = [row for _, row in read_metrics(tmp_path / "run")]
     assert [row["grpo/rounds"] for row in rows] == [3, 3] and [row["data/consumed"] for row in rows] == [12, 24]

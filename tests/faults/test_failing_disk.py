@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from megatron_vlmr1.launch.local import run_ranks
 from megatron_vlmr1.telemetry.metrics import read_metrics
 from tests import jobs
+from tests.faults.failing_disk import break_disk
 
 # Every file that one rank alone may fail to write, each survived, two failures in a row at most.
 SURVIVED = ["0:progress.json", "1:rng_", "-", "0:common.pt", "1:__1_", "-", "0:.metadata", "0:metadata.json", "-"]
@@ -20,18 +20,13 @@ FATAL = ["0:progress.json"] * 3
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["at once", "in threads"])
 @pytest.mark.timeout(200)
-def test_failed_saves_are_survived_and_three_in_a_row_are_not(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], async_save: bool
-) -> None:
+def test_failed_saves_are_survived_and_three_in_a_row_are_not(tmp_path: Path, async_save: bool) -> None:
     shards = jobs.build_shards(tmp_path, "train", 16)
     settings = {"steps": 30, "save_every": 1, "sample_every": 0, "prompts_per_step": 2, "keep_checkpoints": 99}
     settings["async_save"] = async_save
     config = jobs.write_config(tmp_path, shards, train=settings, rollout={"num_generations": 2, "max_new_tokens": 4})
-    script = str(Path(__file__).with_name("failing_disk.py"))
     plan = [*SURVIVED, "-", *FATAL]
-    command = [sys.executable, script, ",".join(plan), "train", str(config)]
-    code = run_ranks(2, command, tmp_path / "logs")
-    said = capfd.readouterr().err
+    code, said = jobs.run_forked(2, "train", config, before=partial(break_disk, plan))
     assert code == 17, said
     for step, fault in enumerate(plan, start=1):
         what = said.partition(f"checkpoint of step {step}")[2].partition("\n")[0]
@@ -51,5 +46,5 @@ def test_failed_saves_are_survived_and_three_in_a_row_are_not(
     last = len(plan)
     stopped = [line for line in said.splitlines() if "3 checkpoints in a row could not be saved" in line]
     assert len(stopped) == 1 and stopped[0].endswith(f"(step {last}, exit code 17)"), said
-    outcome = json.loads((tmp_path / "logs/outcome.json").read_text())
+    outcome = json.loads((tmp_path / "run/logs/attempt_0/outcome.json").read_text())
     assert (outcome["code"], outcome["step"]) == (17, last) and "\n" not in outcome["reason"]

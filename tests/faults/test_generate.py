@@ -14,9 +14,10 @@ from megatron_vlmr1.data.scenes import scene
 from megatron_vlmr1.data.tokens import banned_token_ids, load_tokenizer
 from tests import jobs
 
+ASK = ("generate", "asset:tiny_vlm", "--json", "--max-new-tokens", 12)
 
-def generate(folder: Path, *words: object) -> dict:
-    code, output = jobs.run("generate", "asset:tiny_vlm", "--json", "--max-new-tokens", 12, *words)
+
+def answer(code: int, output: str) -> dict:
     assert code == 0, output
     return json.loads(output.splitlines()[-1])
 
@@ -28,20 +29,24 @@ def test_one_question_two_images(tmp_path: Path) -> None:
         scene("heldout", i).image.save(tmp_path / f"{i}.png")
         images += ["--image", tmp_path / f"{i}.png"]
     ask = [*images, "--prompt", "the red circle", "--greedy", "--ignore-eos"]
-    alone = generate(tmp_path, *ask)
+    alone = answer(*jobs.run_forked(1, *ASK, *ask))
     assert alone.keys() == {"text", "prompt_token_ids", "token_ids", "logprobs"}
     assert len(alone["token_ids"]) == len(alone["logprobs"]) == 12
     image_id = json.loads((hf_directory("asset:tiny_vlm") / "config.json").read_text())["image_token_id"]
     assert alone["prompt_token_ids"].count(image_id) == 2 * 16
-    for layout, more in (("tensor", ["rollout.decode_burst=5"]), ("pipeline", [])):
-        split = generate(tmp_path, *ask, f"parallel.{layout}_model_parallel_size=2", *more)
+    for split in (
+        answer(
+            *jobs.run(*ASK, *ask, "parallel.tensor_model_parallel_size=2", "rollout.decode_burst=5")
+        ),  # which starts the ranks itself
+        answer(*jobs.run_forked(2, *ASK, *ask, "parallel.pipeline_model_parallel_size=2")),
+    ):
         assert split["token_ids"] == alone["token_ids"] and split["text"] == alone["text"]
         assert split["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-5)
 
 
 @pytest.mark.timeout(100)
-def test_text_only_equals_transformers(tmp_path: Path) -> None:
-    ours = generate(tmp_path, "--prompt", "the red circle", "--greedy")
+def test_text_only_equals_transformers() -> None:
+    ours = answer(*jobs.run_forked(1, *ASK, "--prompt", "the red circle", "--greedy"))
     model = AutoModelForImageTextToText.from_pretrained(hf_directory("asset:tiny_vlm"), dtype=torch.float32).eval()
     ids = torch.tensor([ours["prompt_token_ids"] + ours["token_ids"]])
     with torch.no_grad():
@@ -60,6 +65,6 @@ def test_bad_input(tmp_path: Path) -> None:
         (["--image", str(tmp_path / "no.png")], "no.png"),
         (["parallel.tensor_model_parallel_size=0"], "greater than 0"),
     ):
-        code, output = jobs.run("generate", "asset:tiny_vlm", "--prompt", "x", *words)
+        code, output = jobs.run_forked(1, "generate", "asset:tiny_vlm", "--prompt", "x", *words)
         assert code == 2 and says in output, output
         assert len([line for line in output.splitlines() if "error" in line]) == 1

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from megatron_vlmr1.runtime import heartbeat
 from megatron_vlmr1.telemetry.metrics import read_metrics
 from megatron_vlmr1.telemetry.timers import PHASES
 from tests import jobs
+from tests.faults.stuck import break_rollout
 from tests.faults.test_train import of_the_job
 
 TIMEOUT_S = 8
@@ -98,27 +100,28 @@ def test_a_rank_that_hangs_is_named_with_its_stacks_within_the_timeout_and_the_j
 @pytest.mark.timeout(200)
 def test_a_slow_rank_is_named_with_its_phase(tmp_path: Path, few: Path) -> None:
     """Both ranks take as long, since one waits for the other: what counts is who of them waits."""
-    job, _ = start(tmp_path, 2, "1 1 slow", write_config(tmp_path, few, steps=5, save_every=0))
-    assert job.wait(150) == 0, (tmp_path / "launcher.log").read_text()
+    config = write_config(tmp_path, few, steps=5, save_every=0)
+    code, output = jobs.run_forked(2, "train", config, before=partial(break_rollout, "1", 1, "slow"))
+    assert code == 0, output
     for _, row in read_metrics(tmp_path / "run")[1:]:  # the first step warms up
         assert (row["straggler/rank"], PHASES[int(row["straggler/phase"])]) == (1, "rollout")
         assert 1.0 < row["straggler/excess_s"] < row["perf/step_s"]
         assert row["straggler/ratio"] > 1.5
-    assert "WARNING rank 1 is slow in phase 'rollout': " in (tmp_path / "launcher.log").read_text()
+    assert "WARNING rank 1 is slow in phase 'rollout': " in output
 
 
 @pytest.mark.timeout(200)
 def test_the_time_limit_saves_and_exits_85(tmp_path: Path, few: Path) -> None:
     begun = time.monotonic()
-    config = write_config(tmp_path, few, steps=100_000, save_every=0, exit_before="0:00:30")
-    code, output = jobs.run("train", config, timeout=150)
+    config = write_config(tmp_path, few, steps=100_000, save_every=0, exit_before="0:00:12")
+    code, output = jobs.run_forked(2, "train", config)
     assert code == 85, output
     outcome = json.loads((tmp_path / "run/logs/attempt_0/outcome.json").read_text())
     step = outcome["step"]
     assert outcome["code"] == 85 and step >= 1
-    assert outcome["reason"] == f"checkpointed at step {step} on its time limit, train.exit_before=30 s"
+    assert outcome["reason"] == f"checkpointed at step {step} on its time limit, train.exit_before=12 s"
     assert (tmp_path / f"run/checkpoints/step_{step}/manifest.json").is_file()
-    if time.monotonic() - begun < 45:  # the start alone did not take up the limit
+    if time.monotonic() - begun < 27:  # the start alone did not take up the limit
         assert len(read_metrics(tmp_path / "run")) == step
 
 
@@ -133,7 +136,7 @@ def test_three_crashes_of_the_same_step_stop_the_run_until_it_is_told_to_try_aga
     for number in (1, 2):  # as the second and third start would leave it: killed at the same step
         heartbeat.write(first.with_name(f"attempt_{number}"), heartbeat.Heartbeat(0, "host", 1, step=1, resumed=1))
 
-    code, output = jobs.run("train", config, one)
+    code, output = jobs.run_forked(1, "train", config, one)
     assert code == 17, output
     (line,) = [line for line in output.splitlines() if "stopped" in line]
     assert line.startswith("vlmr1: stopped: step 2 failed 3 times in a row (attempt_0: rank 0 was killed in phase ")

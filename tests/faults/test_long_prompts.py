@@ -53,20 +53,20 @@ def test_error_ends_training_and_evaluation_on_all_ranks(tmp_path: Path, shards:
     assert_one_line(*jobs.run("train", made, "--nproc", 2, timeout=90))
     assert not (tmp_path / "run" / "ledger").exists()
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
-    assert_one_line(*jobs.run("evaluate", made, "--nproc", 2, "--label", "x", timeout=90))
+    assert_one_line(*jobs.run_forked(2, "evaluate", made, "--label", "x"))
     assert not (tmp_path / "run" / "evaluations").exists()
 
 
 @pytest.mark.timeout(200)
 def test_drop_leaves_it_out_and_writes_it_down(tmp_path: Path, shards: Path) -> None:
     made = config(tmp_path, shards, "drop")
-    code, output = jobs.run("train", made, "--nproc", 2, timeout=90)
+    code, output = jobs.run_forked(2, "train", made)
     assert code == 0, output
     rows = [json.loads(line) for path in tmp_path.glob("run/ledger/*.jsonl") for line in path.read_text().splitlines()]
     # Whether the eighth position draws the long sample again is the order's affair.
     assert len(rows) in (1, 2) and {row["key"] for row in rows} == {f"00000000{LONG}"}
     assert all(row["shard"] == "shard-000000.tar" and "longer than" in row["reason"] for row in rows)
-    code, output = jobs.run("evaluate", made, "--nproc", 2, "--label", "x", timeout=90)
+    code, output = jobs.run_forked(2, "evaluate", made, "--label", "x")
     assert code == 0, output
     figures = json.loads((tmp_path / "run" / "evaluations" / "x.json").read_text())["val"]
     assert (figures["samples"], figures["damaged"]) == (SAMPLES - 1, 1)

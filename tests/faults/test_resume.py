@@ -51,7 +51,7 @@ def test_what_a_resumed_run_repeats_and_refuses(tmp_path: Path) -> None:
         train={"steps": 2, "save_every": 1},
     )
     run = tmp_path / "run"
-    code, output = jobs.run("train", written)
+    code, output = jobs.run_forked(1, "train", written)
     assert code == 0, output
     first = read_metrics(run)
     assert first[0][1]["grpo/kl"] > 1e-4  # the policy is not the reference
@@ -75,7 +75,7 @@ def test_what_a_resumed_run_repeats_and_refuses(tmp_path: Path) -> None:
         ([], f"model.reference_path={reference}: not the weights that {run} was started with"),
         (["rollout.num_generations=3"], "was started with rollout.num_generations=4, not 3"),
     ):
-        code, output = jobs.run("train", written, *words)
+        code, output = jobs.run_forked(1, "train", written, *words)
         assert code == 2 and says in output, output
     (reference / "model.safetensors").write_bytes(pinned)
     code, output = jobs.run("train", written, "--allow-config-change", "rollout.num_generations=3")
@@ -83,7 +83,7 @@ def test_what_a_resumed_run_repeats_and_refuses(tmp_path: Path) -> None:
     change = "rollout.num_generations=4, not 3"
     assert f"config change let pass: {run} was started with {change}" in output
     assert json.loads((run / "facts.json").read_text())["config_changes"] == [f"step 1: {change}"]
-    code, output = jobs.run("train", written, "rollout.num_generations=3", "train.steps=3")  # it remembers
+    code, output = jobs.run_forked(1, "train", written, "rollout.num_generations=3", "train.steps=3")  # it remembers
     assert code == 0, output
     assert json.loads((run / "facts.json").read_text())["config_changes"] == [f"step 1: {change}"]
 

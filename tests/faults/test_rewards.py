@@ -42,6 +42,14 @@ def client(service: RewardService) -> Iterator[RewardClient]:
         yield connected
 
 
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardClient]:
+    """A client of a service that nobody kills, for tests of what it answers."""
+    folder = tmp_path_factory.mktemp("unharmed")
+    with RewardService(CONFIG, folder, [OWN]) as running, RewardClient(running.address) as connected:
+        yield connected
+
+
 def submit(client: RewardClient, item_id: int | str, reward: str, completion: str = "", solution: str = "") -> None:
     client.submit(item_id, RewardItem(completion, solution), {reward: 1.0})
 
@@ -67,11 +75,11 @@ def gone(pid: int) -> bool:
         return True
 
 
-def test_scores_arrive_weighted(client: RewardClient) -> None:
+def test_scores_arrive_weighted(unharmed: RewardClient) -> None:
     item = RewardItem("<think></think><answer>[0, 0, 10, 10]</answer>", "[0, 0, 10, 20]")
-    client.submit("one", item, {"iou": 2.0, "format": 0.5})
-    client.submit(2, item, {"iou": 1.0, "nope": 1.0})
-    scores = client.collect(["one", 2], TIMEOUT_S)
+    unharmed.submit("one", item, {"iou": 2.0, "format": 0.5})
+    unharmed.submit(2, item, {"iou": 1.0, "nope": 1.0})
+    scores = unharmed.collect(["one", 2], TIMEOUT_S)
     assert scores["one"] == Score(1.5, {"iou": 0.5, "format": 1.0})
     assert scores[2].value is None
     assert "no reward named nope" in str(scores[2].failure)
@@ -179,10 +187,10 @@ def test_a_memory_bomb_stays_inside(client: RewardClient) -> None:
         ("else", "odd: KeyError: '\\ud800 surrogate'"),
     ],
 )
-def test_a_reward_that_is_none(client: RewardClient, what: str, reason: str) -> None:
-    submit(client, 0, "odd", what)
-    submit(client, 1, "echo", "1")
-    scores = client.collect([0, 1], TIMEOUT_S)
+def test_a_reward_that_is_none(unharmed: RewardClient, what: str, reason: str) -> None:
+    submit(unharmed, 0, "odd", what)
+    submit(unharmed, 1, "echo", "1")
+    scores = unharmed.collect([0, 1], TIMEOUT_S)
     assert str(scores[0].failure).startswith(reason)
     assert scores[1].value == 1.0
 
@@ -290,10 +298,10 @@ def test_clients_that_never_pause_hold_nobody_up(service: RewardService, client:
             flood.wait()
 
 
-def test_a_message_too_long_never_leaves(client: RewardClient) -> None:
-    submit(client, 0, "echo", "x" * (wire.MAX_ITEM_BYTES + 1))
-    submit(client, 1, "echo", "1")
-    scores = client.collect([0, 1], TIMEOUT_S)
+def test_a_message_too_long_never_leaves(unharmed: RewardClient) -> None:
+    submit(unharmed, 0, "echo", "x" * (wire.MAX_ITEM_BYTES + 1))
+    submit(unharmed, 1, "echo", "1")
+    scores = unharmed.collect([0, 1], TIMEOUT_S)
     assert str(scores[0].failure).startswith("too_long")
     assert scores[1].value == 1.0
 
@@ -314,12 +322,10 @@ def test_garbage_on_the_socket_is_refused(service: RewardService, client: Reward
         [b"\xdd\xff\xff\xff\xff"],
         [b"\x91" * 100_000],
         [b"x" * (wire.MAX_ITEM_BYTES + 5000)],
+        [wire.pack(["score", [1, 2, 3]]), b"\xc1", wire.pack([["echo"], 3]), wire.pack([[["echo"]], {}])],
     ]
     for frames in garbage:
         stranger.send_multipart(frames)
-    stranger.send_multipart(
-        [wire.pack(["score", [1, 2, 3]]), b"\xc1", wire.pack([["echo"], 3]), wire.pack([[["echo"]], {}])]
-    )
     for number in range(20):
         submit(client, number, "echo", "1")
     assert all(score.value == 1.0 for score in client.collect(range(20), TIMEOUT_S).values())
@@ -329,9 +335,8 @@ def test_garbage_on_the_socket_is_refused(service: RewardService, client: Reward
 
 
 def test_no_orphans_after_kill_9(tmp_path: Path) -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tmp_path), str(OWN)], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", PARENT, str(tmp_path), str(OWN)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pids = [int(word) for word in parent.stdout.readline().split()]
     assert len(pids) == 1 + CONFIG.workers

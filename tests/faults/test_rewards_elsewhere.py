@@ -108,7 +108,7 @@ def test_a_trainer_uses_a_service_elsewhere(tmp_path: Path, shards: Path) -> Non
             train={"steps": 1},
             rewards={"address": address, "keys": str(tmp_path / "keys")},
         )
-        code, output = jobs.run("train", config)
+        code, output = jobs.run_forked(1, "train", config)
         assert code == 0, output
     finally:
         service.terminate()

@@ -16,7 +16,7 @@ import pytest
 
 from tests.tiny import compressed, picture
 
-ROWS = 2000
+ROWS = 1000
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(rows: Path, out: Path, workers: int) -> list[str]:
-    words = ["shards", "build", str(out), "--jsonl", str(rows / "rows.jsonl"), "--shard-size", "40KB"]
+    words = ["shards", "build", str(out), "--jsonl", str(rows / "rows.jsonl"), "--shard-size", "20KB"]
     return [sys.executable, "-m", "megatron_vlmr1.cli", *words, "--workers", str(workers), "--json"]
 
 

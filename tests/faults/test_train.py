@@ -37,7 +37,7 @@ def test_a_signal_checkpoints_and_exits_85_and_the_run_goes_on(tmp_path: Path, s
     job.send_signal(signal.SIGTERM)
     code, output = jobs.finish(job)
     assert code == 85, output
-    code, output = jobs.run("train", config, "--nproc", 2)
+    code, output = jobs.run_forked(2, "train", config)
     assert code == 0, output
     assert re.search(r"resuming from .*step_[123]", output), output
     assert_same_course(tmp_path / "run", whole, 4)

@@ -30,7 +30,7 @@ def test_bf16_virtual_pipeline_recomputation_frozen_tower_with_reference(tmp_pat
         grpo={"beta": 0.04, "num_iterations": 2},
         train={"steps": 2, "save_every": 0},
     )
-    code, output = jobs.run("train", config)
+    code, output = jobs.run_forked(2, "train", config)
     assert code == 0, output
     for _, row in read_metrics(tmp_path / "run"):
         assert row["rollout/logprob_gap"] < 0.3  # bf16 has 8 bits
@@ -62,17 +62,13 @@ def test_sft_on_two_data_parallel_ranks_learns_and_evaluates(tmp_path: Path, sha
 
 
 @pytest.mark.timeout(150)
-def test_generation_on_copies_of_the_weights_in_another_layout(tmp_path: Path, shards: Path) -> None:
+def test_generation_on_copies_of_the_weights_in_another_layout(tmp_path: Path, shards: Path, whole: Path) -> None:
     """Tensor-parallel training, one copy of the model on each rank for generation; the same run as without copies."""
-    rows = {}
-    for name, rollout in (("copies", {"tensor_model_parallel_size": 1}), ("training", {})):
-        config = jobs.write_config(
-            tmp_path, shards, name, rollout={"num_generations": 4, "max_new_tokens": 30, **rollout}
-        )
-        code, output = jobs.run("train", config, "train.steps=2", "train.save_every=0")
-        assert code == 0, output
-        rows[name] = [row for _, row in read_metrics(tmp_path / name)]
-    for ours, theirs in zip(rows["copies"], rows["training"], strict=True):
+    config = jobs.write_config(tmp_path, shards, rollout={"tensor_model_parallel_size": 1})
+    code, output = jobs.run_forked(2, "train", config)
+    assert code == 0, output
+    rows = [[row for _, row in read_metrics(run)] for run in (tmp_path / "run", whole)]
+    for ours, theirs in zip(*rows, strict=True):
         assert ours["rollout/logprob_gap"] <= 1e-4 and ours["reward/failed_frac"] == 0
         for key in ("reward/mean", "reward/std", "rollout/length_mean", "train/tokens", "data/consumed"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-6), key

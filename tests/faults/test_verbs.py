@@ -73,7 +73,7 @@ def test_too_many_failed_rewards_stop_the_run(tmp_path: Path, capfd: pytest.Capt
     assert main(["shards", "build", str(tmp_path / "none"), "--jsonl", str(tmp_path / "rows.jsonl")]) == 0
     config = jobs.write_config(tmp_path, tmp_path / "none", parallel={"tensor_model_parallel_size": 1})
     capfd.readouterr()
-    code, output = jobs.run("train", config)
+    code, output = jobs.run_forked(1, "train", config)
     assert code == 17, output
     (line,) = [line for line in output.splitlines() if "stopped" in line]
     assert line.startswith("vlmr1: stopped: 100% of the scores of a step failed; the first: iou: ")

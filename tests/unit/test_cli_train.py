@@ -106,7 +106,7 @@ def test_weights_of_another_model_are_refused_by_the_ranks(tmp_path: Path, shard
     config = json.loads((other / "config.json").read_text())
     config["text_config"]["intermediate_size"] = 512
     (other / "config.json").write_text(json.dumps(config))
-    code, output = jobs.run("train", jobs.write_config(tmp_path, shards, model={"path": str(other)}), "--nproc", 2)
+    code, output = jobs.run_forked(2, "train", jobs.write_config(tmp_path, shards, model={"path": str(other)}))
     errors = [line for line in output.splitlines() if "error" in line]
     assert code == 2 and len(errors) == 1, output
     assert "mlp" in errors[0] and "config.json asks for" in errors[0]

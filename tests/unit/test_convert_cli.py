@@ -9,6 +9,7 @@ import torch
 
 from megatron_vlmr1.checkpoint.weights import HfWeights
 from megatron_vlmr1.cli.main import main
+from tests import jobs
 from tests.checkpoints import write_random_checkpoint
 
 
@@ -49,20 +50,23 @@ def test_other_names_another_type_and_small_shards(capfd, source, tmp_path):
 
 
 def test_two_processes_share_the_files_out(capfd, source, megatron, tmp_path):
-    for i, words in enumerate((("export", source), ("import", megatron))):
-        out = tmp_path / str(i)
-        code, said, err = convert(capfd, *words, out, "--nproc", 2, "--max-shard-size", "100KB")
-        assert (code, said) == (0, f"{out}\n") and " of " in err
+    exported, imported = tmp_path / "exported", tmp_path / "imported"
+    small = ("--max-shard-size", "100KB")
+    code, said, err = convert(capfd, "export", source, exported, "--nproc", 2, *small)
+    assert (code, said) == (0, f"{exported}\n") and " of " in err
+    code, said = jobs.run_forked(2, "convert", "import", megatron, imported, *small)
+    assert code == 0 and f"{imported}\n" in said and " of " in said
+    for out in (exported, imported):
         assert len(list(out.glob("*.safetensors"))) > 3 and not list(out.glob("*.partial"))
         assert convert(capfd, "verify", source, out)[0] == 0
     out = tmp_path / "dist"
-    words = ("export", source, out, "--format", "torch_dist", "--nproc", 2, "--max-shard-size", "100KB")
-    assert convert(capfd, *words)[:2] == (0, f"{out}\n")
+    code, said = jobs.run_forked(2, "convert", "export", source, out, "--format", "torch_dist", *small)
+    assert code == 0 and f"{out}\n" in said
     assert len(list((out / "release").glob("__*_0.distcp"))) > 3 and not list(out.glob("**/*.partial"))
     assert convert(capfd, "import", out, tmp_path / "back")[0] == 0
     assert convert(capfd, "verify", source, tmp_path / "back")[0] == 0
-    code, said, err = convert(capfd, "export", source, tmp_path / "0", "--nproc", 2)
-    assert (code, said) == (2, "") and "exists already; name a new directory" in err
+    code, said = jobs.run_forked(2, "convert", "export", source, exported)
+    assert code == 2 and "exists already; name a new directory" in said
 
 
 @pytest.mark.parametrize(

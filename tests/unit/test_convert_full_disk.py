@@ -18,6 +18,7 @@ from megatron_vlmr1.checkpoint import release, store, writer
 from megatron_vlmr1.cli.main import main
 from megatron_vlmr1.parallel import mesh
 from megatron_vlmr1.runtime import distributed
+from tests import jobs
 from tests.checkpoints import write_random_checkpoint
 
 LINE = "No space left on device; make room and give the same command again"
@@ -59,7 +60,8 @@ def test_on_the_second_of_two_processes(model, tmp_path, capfd):
     full = partial / f"{writer.shard_name(2, count)}.partial"  # every second one is the second process's
     full.symlink_to("/dev/full")
     words = ("export", model, out, "--max-shard-size", LIMIT)
-    assert convert(capfd, *words, "--nproc", 2) == (2, [f"vlmr1: error: {partial}: {LINE}"])
+    code, said = jobs.run_forked(2, "convert", *words)
+    assert code == 2 and [line for line in said.splitlines() if "error" in line] == [f"vlmr1: error: {partial}: {LINE}"]
     assert not out.exists() and (done := len([*partial.glob("*.safetensors")])) >= 1
     full.unlink()
     assert convert(capfd, *words) == (0, []) and done < count == len([*out.glob("*.safetensors")])
