@@ -20,7 +20,7 @@ from megatron_vlmr1.rollout.actor import Actor
 from megatron_vlmr1.rollout.cache_size import CacheSize, fit
 from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.rollout.forward import Forward
-from megatron_vlmr1.rollout.graphs import CudaGraphs, Eager, recorder
+from megatron_vlmr1.rollout.graphs import CudaGraphs, Eager, recorder, side_stream
 from megatron_vlmr1.rollout.kv_cache import Grid, KvCache, grid_numbers
 from megatron_vlmr1.rollout.lane import Lane, Request
 from megatron_vlmr1.rollout.sampling import Sampling, choose
@@ -374,8 +374,11 @@ def test_what_cuda_is_asked_for(monkeypatch):
         "graph": graph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    side_stream.cache_clear()
     replay = CudaGraphs().record(lambda: events.append(("tick",)), lambda: events.append(("reset",)))
     replay()
+    assert CudaGraphs()._stream is CudaGraphs()._stream  # for each stream that it has seen cuBLAS keeps a workspace
+    side_stream.cache_clear()
     capture = ("capture", "pool", "side", "thread_local")
     assert events == [
         *[("side", "waits for", "main"), ("enter", "side"), ("tick",), ("leave", "side")],
