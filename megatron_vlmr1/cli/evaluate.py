@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vlmr1.cli.common import add_overrides, load_config, log_directory, print_json, rank_count, run_here
+from megatron_vlmr1.config.rules import for_answers
 from megatron_vlmr1.errors import DONE
 from megatron_vlmr1.runtime.ranks import identity
 from megatron_vlmr1.telemetry.files import write_atomic
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_vlmr1.rewards import tasks
     from megatron_vlmr1.train.check import check_data, check_inputs, check_machine
 
-    cfg = load_config(args.config, args.overrides)
+    cfg = for_answers(load_config(args.config, args.overrides))
     if not args.label.isidentifier():
         raise ValueError(f"--label {args.label}: letters, digits and underscores only")
     if not cfg.data.evaluate:

@@ -28,6 +28,16 @@ def ticks_in_a_row(given: int | None, stages: int, cuda: bool) -> int:
     return given or (CUDA_BURST if cuda else 1)
 
 
+def for_answers(cfg: Config) -> Config:
+    """Return the config without what training alone computes with: layer spec, products in FP8, smaller moments."""
+    changes = {
+        "model": cfg.model.model_copy(update={"spec": "torch"}),
+        "precision": PrecisionConfig(dtype=cfg.precision.dtype),
+        "optimizer": cfg.optimizer.model_copy(update={"moments_dtype": "fp32"}),
+    }
+    return cfg.model_copy(update=changes)
+
+
 def check_cache(cfg: Config) -> None:
     """Refuse a cache that the longest prompt would not fit: one rank would find out, in the middle of a run.
 

@@ -21,6 +21,7 @@ from megatron_vlmr1.models.rows import Rows, add, put, rows, take
 from megatron_vlmr1.models.segments import Segment
 from megatron_vlmr1.runtime import device
 
+_CAPABILITY = (8, 0)
 State = tuple[torch.Tensor, ...]  # what a kernel wants back in backward
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of queries, keys and values
 
@@ -61,12 +62,13 @@ class Kernel(Protocol):
 
 
 class TorchFlash:
-    """FlashAttention as torch brings it: CUDA, half precision, head sizes that are multiples of 8."""
+    """FlashAttention as torch brings it: CUDA from Ampere on, half precision, head sizes that are multiples of 8."""
 
     @staticmethod
     def takes(q: torch.Tensor) -> bool:
         """Whether queries [T, H, D] are such."""
-        return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] % 8 == 0
+        fits = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[2] % 8 == 0
+        return fits and device.capability() >= _CAPABILITY
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, over: Sequences

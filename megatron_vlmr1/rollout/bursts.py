@@ -37,7 +37,7 @@ class Steps:
 
     def serves(self, forward: Forward, size: CacheSize) -> bool:
         """Whether recordings can do the work of a new `forward`, which reads the weights where they are now."""
-        fits = self.cache.size == size and self.forward.positions >= forward.positions
+        fits = self.cache.size.holds(size) and self.forward.positions >= forward.positions
         return fits and self.addresses == forward.addresses()
 
     @property

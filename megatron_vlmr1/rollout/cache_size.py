@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,10 @@ class CacheSize:
     def tokens(self) -> int:
         """Tokens of key/value cache in all."""
         return self.prompts * self.prompt_tokens + self.rows * self.row_tokens
+
+    def holds(self, other: CacheSize) -> bool:
+        """Whether whatever fits a cache of the other size fits one of this size."""
+        return all(mine >= theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True))
 
 
 def fit(prompt_tokens: int, prompts: int, generations: int, row_tokens: int, budget: int) -> CacheSize | None:

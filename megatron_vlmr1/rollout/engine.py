@@ -127,7 +127,7 @@ class Engine:
             lane = Lane(prompts, requests, size, sampling, self.max_prefill_tokens, finish, self.decode_text)
             made.append((lane, size))
         if self.decode_burst > 1:
-            self._in_bursts(made, positions)
+            self._in_bursts(made, positions, min(self.decode_burst, sampling.max_new_tokens))
         else:
             self._tick_by_tick(made, positions)
         return [tuple(finished[i, j] for j in range(generations)) for i in range(len(prompts))]
@@ -142,21 +142,21 @@ class Engine:
                 for pipe in pipes:
                     pipe.work(chunk)
 
-    def _in_bursts(self, lanes: Sequence[tuple[Lane, CacheSize]], positions: int) -> None:
+    def _in_bursts(self, lanes: Sequence[tuple[Lane, CacheSize]], positions: int, burst: int) -> None:
         for lane, size in lanes:  # one, or none
-            steps = self._steps_for(size, positions + self.decode_burst)  # rows go on behind their ends
+            steps = self._steps_for(size, positions + burst, burst)  # rows go on behind their ends
             self.cache_bytes = steps.cache.bytes
             bursts = Bursts(lane, steps)
             while lane.busy:
                 mark()
                 bursts.work()
 
-    def _steps_for(self, size: CacheSize, positions: int) -> Steps:
+    def _steps_for(self, size: CacheSize, positions: int, burst: int) -> Steps:
         """Return what the last call left, if it fits."""
         forward = Forward(self.policy, -(-positions // _ROUND) * _ROUND, self.quantised)
         if self.steps is None or not self.steps.serves(forward, size):
             self.steps = None  # before there is another cache
-            self.steps = Steps(forward, self._cache(forward, size), self.recorder(), self.decode_burst)
+            self.steps = Steps(forward, self._cache(forward, size), self.recorder(), burst)
         return self.steps
 
     def _cache(self, forward: Forward, size: CacheSize) -> KvCache:

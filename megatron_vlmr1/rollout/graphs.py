@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -36,7 +37,7 @@ class CudaGraphs:
     """
 
     def __init__(self) -> None:
-        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), side_stream()
 
     def record(self, tick: Callable[[], None], reset: Callable[[], None]) -> Callable[[], object]:
         """See `Recorder`."""
@@ -52,6 +53,12 @@ class CudaGraphs:
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             tick()
         return graph.replay
+
+
+@cache
+def side_stream() -> torch.cuda.Stream:
+    """Return the stream that is captured: one for the process, as cuBLAS keeps a workspace for each it has seen."""
+    return torch.cuda.Stream()
 
 
 def recorder(cuda_graphs: str) -> Callable[[], Recorder]:

@@ -64,7 +64,7 @@ def host_empty(shape: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(_pinned(size), dtype=dtype).view(shape)
 
 
-def _pinned(size: int) -> mmap.mmap:
+def _pinned(size: int) -> memoryview:
     """Return memory that is locked for CUDA until nobody has it any more; CUDA only."""
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_DONTFORK)  # or this process's next write went to a copy, and the GPU's to the original
@@ -72,8 +72,14 @@ def _pinned(size: int) -> mmap.mmap:
     cuda = torch.cuda.cudart()
     if problem := int(cuda.cudaHostRegister(address, size, 0)):
         raise RuntimeError(f"CUDA could not lock {size / 1e9:.1f} GB of host memory: cudaHostRegister says {problem}")
-    weakref.finalize(pages, cuda.cudaHostUnregister, address).atexit = False
-    return pages
+    view = memoryview(pages)
+
+    def unlock(pages: mmap.mmap) -> None:
+        cuda.cudaHostUnregister(address)
+
+    # Its argument keeps the pages: by themselves they would be gone before a finalizer of theirs is called.
+    weakref.finalize(view, unlock, pages).atexit = False
+    return view
 
 
 def fetch(source: torch.Tensor, target: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ import copy
 import gc
 import subprocess
 import sys
+from pathlib import Path
 from types import FunctionType, SimpleNamespace
 
 import pytest
@@ -198,6 +199,12 @@ def test_modules_with_redirected_tensors_can_be_copied():
     assert torch.equal(copy.deepcopy(module).weight, module.weight)
 
 
+def mapped(address: int) -> bool:
+    """Whether this process has memory there."""
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(first, 16) <= address < int(end, 16) for first, end in ranges)
+
+
 @pytest.fixture
 def locked(monkeypatch):
     """A machine with CUDA that notes which host memory is locked: address -> bytes."""
@@ -208,7 +215,11 @@ def locked(monkeypatch):
         held[address] = size
         return 0 if size < 1 << 24 else 2
 
-    cuda = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=held.pop)
+    def unregister(address):
+        assert mapped(address)
+        del held[address]
+
+    cuda = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
     monkeypatch.setattr(device, "has_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cuda)
     return held

@@ -22,7 +22,9 @@ from safetensors.torch import load_file
 
 from megatron_vlmr1 import config
 from megatron_vlmr1.checkpoint import scaling, state, weights
+from megatron_vlmr1.cli.main import main
 from megatron_vlmr1.config import PrecisionConfig, RecomputeConfig
+from megatron_vlmr1.config.rules import for_answers
 from megatron_vlmr1.data.packing import MicroBatch, PackedGroup, pack
 from megatron_vlmr1.grpo.update import Updater, label_tensors
 from megatron_vlmr1.models import specs
@@ -117,6 +119,18 @@ def test_a_machine_that_lacks_something(machine, cuda, engine, capability, spec,
     machine(cuda, engine, capability)
     with pytest.raises(ValueError, match=says):
         layers(settings(spec, fp8))
+
+
+def test_evaluation_needs_nothing_that_only_training_computes_with(machine, tmp_path, capsys):
+    """A run's config is evaluated wherever there is a CPU; what it is refused for here is a split that is not there."""
+    machine(False, False)
+    words = ["data.evaluate.heldout=nowhere", "precision.dtype=bf16", "precision.fp8=blockwise", "model.spec=te"]
+    words += [f"run_dir={tmp_path}", "optimizer.moments_dtype=fp8"]
+    assert main(["evaluate", "configs/quickstart.yaml", *words]) == 2
+    assert "nowhere: no such directory" in capsys.readouterr().err
+    raw = {"model": {"path": "-", "spec": "te"}, "data": {"train": "-"}, "optimizer": {"moments_dtype": "bf16"}}
+    asked = config.parse(raw | {"precision": {"fp8": "delayed", "amax_history_len": 4}}, "test")
+    assert layers(for_answers(asked)) == Layers("torch", PrecisionConfig())
 
 
 def test_fp8_on_a_gpu_that_has_it(machine):

@@ -231,6 +231,9 @@ def test_torch_takes_the_calls_of_its_kernel(dtype: torch.dtype, segments: list[
 
 
 def test_the_way_goes_by_device_type_and_head_size_and_only_that_way_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "capability", lambda: (7, 5))
+    assert not TorchFlash.takes(SimpleNamespace(is_cuda=True, dtype=torch.float16, shape=(9, 2, 80)))  # type: ignore[arg-type]
+    monkeypatch.setattr(device, "capability", lambda: (8, 0))
     taken = [
         (cuda, dtype, size)
         for cuda in (False, True)

@@ -20,7 +20,7 @@ from megatron_vlmr1.rollout.actor import Actor
 from megatron_vlmr1.rollout.cache_size import CacheSize, fit
 from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.rollout.forward import Forward
-from megatron_vlmr1.rollout.graphs import CudaGraphs, Eager, recorder
+from megatron_vlmr1.rollout.graphs import CudaGraphs, Eager, recorder, side_stream
 from megatron_vlmr1.rollout.kv_cache import Grid, KvCache, grid_numbers
 from megatron_vlmr1.rollout.lane import Lane, Request
 from megatron_vlmr1.rollout.sampling import Sampling, choose
@@ -244,6 +244,26 @@ def test_recorded_ticks_give_the_same_and_are_kept_from_call_to_call(policy, pro
     assert captures <= tape.captures < 12 and tape.replays > replays
 
 
+def test_a_smaller_call_takes_over_what_a_larger_one_left(policy, prompts):
+    """Such as a batch of an evaluation without the longest prompt, or its last one: nothing is captured anew for it."""
+    recorded = engine(policy, 4, make=Tape)
+    recorded.generate(prompts, 4, PLAIN)
+    tape, size = Tape.made[-1], recorded.steps.cache.size
+    shorter = replace(PLAIN, max_new_tokens=STEPS - 3)
+    for fewer, sampling in ((prompts[:3], PLAIN), (prompts, shorter), (prompts[1:], PLAIN)):
+        expected = engine(policy, 1).generate(fewer, 3, sampling)
+        found = recorded.generate(fewer, 3, sampling)
+        assert words(found) == words(expected) and gap(found, expected) <= 1e-5
+        assert Tape.made[-1] is tape and recorded.steps.cache.size == size
+
+
+def test_bursts_are_no_longer_than_completions(policy, prompts):
+    """However many ticks a config asks for, tables are for those that can be."""
+    endless = engine(policy, 1 << 60, make=Tape)
+    assert words(endless.generate(prompts, 2, PLAIN)) == words(engine(policy, 1).generate(prompts, 2, PLAIN))
+    assert endless.steps.most_ticks == STEPS
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_drawing_from_a_large_vocabulary_can_be_captured(mesh, way):
     """Which takes other ways than one of 512 tokens."""
@@ -354,8 +374,11 @@ def test_what_cuda_is_asked_for(monkeypatch):
         "graph": graph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    side_stream.cache_clear()
     replay = CudaGraphs().record(lambda: events.append(("tick",)), lambda: events.append(("reset",)))
     replay()
+    assert CudaGraphs()._stream is CudaGraphs()._stream  # for each stream that it has seen cuBLAS keeps a workspace
+    side_stream.cache_clear()
     capture = ("capture", "pool", "side", "thread_local")
     assert events == [
         *[("side", "waits for", "main"), ("enter", "side"), ("tick",), ("leave", "side")],
