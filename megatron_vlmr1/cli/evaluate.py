@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vlmr1.cli.common import add_overrides, load_config, log_directory, print_json, rank_count, run_here
-from megatron_vlmr1.config.rules import for_answers
 from megatron_vlmr1.errors import DONE
 from megatron_vlmr1.runtime.ranks import identity
 from megatron_vlmr1.telemetry.files import write_atomic
@@ -40,6 +39,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start the ranks and print their result, or be one."""
+    from megatron_vlmr1.config.rules import for_answers
     from megatron_vlmr1.evaluate import results
     from megatron_vlmr1.launch.local import new_attempt
     from megatron_vlmr1.rewards import tasks
