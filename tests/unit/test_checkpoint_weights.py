@@ -18,7 +18,7 @@ from megatron_vlmr1.models.families.qwen2_5_vl import ALIASES, tensor_shapes, te
 from megatron_vlmr1.models.pieces import Piece
 from megatron_vlmr1.models.shape import padded
 from tests.checkpoints import write_random_checkpoint
-from tests.distributed import plain, ranks, work
+from tests.distributed import plain, work
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +29,6 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(source, tmp_path) -> Path:
     return Path(shutil.copytree(source, tmp_path / "model"))
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    with ranks.alone() as mesh:
-        yield mesh
 
 
 def change(directory: Path, edit) -> None:

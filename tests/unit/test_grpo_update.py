@@ -16,17 +16,11 @@ from megatron_vlmr1.parallel import optimizer as parallel_optimizer
 from megatron_vlmr1.rollout.sampling import Sampling
 from megatron_vlmr1.types import Group
 from tests.checkpoints import banned_ids, mixed_prompts, plain_model, write_random_checkpoint
-from tests.distributed import plain, ranks, work
+from tests.distributed import plain, work
 from tests.distributed.plain import within
 
 LEARNING_RATE = 3e-3
 IMAGES = 5  # unlike ones in the prompts
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    with ranks.alone() as mesh:
-        yield mesh
 
 
 @pytest.fixture(scope="module")

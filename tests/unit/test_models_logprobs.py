@@ -11,16 +11,9 @@ import torch
 
 from megatron_vlmr1.models import logprobs
 from megatron_vlmr1.models.logprobs import Vocabulary, token_logprobs
-from tests.distributed import ranks
 
 CASES = json.loads((Path(__file__).parent / "data" / "grpo_cases.json").read_text())["cases"]
 BANNED = [0, 5, 499]
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    with ranks.alone() as mesh:
-        yield mesh
 
 
 def vocabulary(mesh, rows: int, size: int, banned: list[int]) -> Vocabulary:

@@ -24,7 +24,7 @@ from megatron_vlmr1.runtime import device
 from megatron_vlmr1.train.check import check_machine
 from tests import te_adam
 from tests.checkpoints import write_random_checkpoint
-from tests.distributed import ranks, work
+from tests.distributed import work
 
 SMALLER = ("bf16", "fp8")
 ERRORS = {"fp32": (0.0, 0.0), "bf16": (2**-8, 2**-11), "fp8": (2**-4, 2**-11)}  # relative, of both moments
@@ -34,12 +34,6 @@ FLOORS = {"fp32": (0.0, 0.0), "bf16": (0.0, 2**-38), "fp8": (2**-18, 2**-38)}  #
 def settings(dtype: str = "fp32", **sections):
     raw = {"model": {"path": "-"}, "data": {"train": "-"}, "optimizer": {"lr": 1e-3, "moments_dtype": dtype}}
     return config.parse(raw | sections, "test")
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    with ranks.alone() as mesh:
-        yield mesh
 
 
 @pytest.fixture(scope="module")

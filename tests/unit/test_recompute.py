@@ -9,7 +9,7 @@ from megatron_vlmr1 import config
 from megatron_vlmr1.config import RecomputeConfig
 from megatron_vlmr1.data.packing import PackedGroup, model_input, pack
 from tests.checkpoints import mixed_prompts, write_random_checkpoint
-from tests.distributed import plain, ranks, work
+from tests.distributed import plain, work
 from tests.distributed.plain import within
 
 LAYERS, BLOCKS = 4, 4  # of the language model and of the tower
@@ -62,12 +62,6 @@ class Measured:
 
     def _count(self, name: str) -> None:
         self.runs[name] += 1
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    with ranks.alone() as mesh:
-        yield mesh
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from megatron_vlmr1.rollout.sampling import Sampling, choose
 from megatron_vlmr1.runtime import device
 from tests.capture import Capturable, Tape
 from tests.checkpoints import mixed_prompts, write_random_checkpoint
-from tests.distributed import ranks, work
+from tests.distributed import work
 from tests.distributed.plain import within
 
 STEPS = 12
@@ -37,12 +37,6 @@ WAYS = {
     "penalty": replace(PLAIN, repetition_penalty=1.5),
     "long": Sampling(3 * STEPS, frozenset({5}), seed=4),
 }
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    with ranks.alone() as mesh:
-        yield mesh
 
 
 @pytest.fixture(scope="module")

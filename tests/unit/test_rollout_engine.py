@@ -21,16 +21,10 @@ from megatron_vlmr1.rollout.engine import Engine
 from megatron_vlmr1.rollout.forward import Forward
 from megatron_vlmr1.rollout.sampling import Sampling
 from tests.checkpoints import banned_ids, mixed_prompts, plain_model, write_random_checkpoint
-from tests.distributed import plain, ranks, work
+from tests.distributed import plain, work
 from tests.distributed.plain import within
 
 STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    with ranks.alone() as mesh:
-        yield mesh
 
 
 @pytest.fixture(scope="module")

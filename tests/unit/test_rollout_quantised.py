@@ -22,7 +22,7 @@ from megatron_vlmr1.rollout.sampling import Sampling
 from megatron_vlmr1.runtime import device
 from tests import recipes
 from tests.checkpoints import banned_ids, mixed_prompts, plain_model, write_random_checkpoint
-from tests.distributed import plain, ranks, work
+from tests.distributed import plain, work
 from tests.distributed.plain import within
 
 
@@ -117,12 +117,6 @@ def test_what_a_gpu_would_be_given(size, tp):
     with mode, pytest.raises(RuntimeError, match="divisible by 16"):
         odd = on_a_gpu(8, 100, dtype=quantised.E4M3), on_a_gpu(8, 1, dtype=torch.float32)
         quantised.multiply(*odd, on_a_gpu(32, 100, dtype=quantised.E4M3), on_a_gpu(1, 32, dtype=torch.float32), None)
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    with ranks.alone() as mesh:
-        yield mesh
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,8 @@ import torch
 
 from megatron_vlmr1.models.logprobs import Vocabulary
 from megatron_vlmr1.rollout.sampling import Sampling, _Masses, choose, draw, streams
-from tests.distributed import ranks
 
 CRITICAL = 29.88  # of chi-square with 7 degrees of freedom at 1e-4
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    with ranks.alone() as mesh:
-        yield mesh
 
 
 def chosen(mesh, logits: torch.Tensor, sampling: Sampling, random: torch.Tensor | None, banned=()):

@@ -71,9 +71,7 @@ def one_rollout(seed: int) -> tuple[float, set[str]]:
                     which = *who[i], layer
                     own.setdefault(which, []).append(qkv[i, :, -2:])
                     visible = torch.cat((keys[which[0], layer], torch.stack(own[which])))
-                    weights = torch.softmax(torch.einsum("hpd,thd->hpt", qkv[i, :, :-2], visible[:, :, 0]), -1)
-                    expected = torch.einsum("hpt,thd->hpd", weights, visible[:, :, 1]).reshape(-1, D)
-                    worst = max(worst, float((expected - found[i]).abs().max()))
+                    worst = max(worst, float((plain(qkv[i, :, :-2], visible) - found[i]).abs().max()))
                 seen |= {"behind the limit"} if (tick >= left).any() else set()
         lane.take_burst(tokens, np.zeros((burst.ticks + 1, 2, n), np.float32), cache)
         for i, name in enumerate(who):
@@ -83,6 +81,12 @@ def one_rollout(seed: int) -> tuple[float, set[str]]:
         assert made[name] == row[: min([limits[name], *(k + 1 for k in stops)])]
     assert made.keys() == drawn.keys()
     return worst, seen
+
+
+def plain(q: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Attention of queries [Hkv, per, D] over keys and values [T, Hkv, 2, D], written out: [H, D]."""
+    weights = torch.softmax(torch.einsum("hpd,thd->hpt", q, visible[:, :, 0]), -1)
+    return torch.einsum("hpt,thd->hpd", weights, visible[:, :, 1]).reshape(-1, D)
 
 
 def attention_of(burst, bucket, cache, tick):
