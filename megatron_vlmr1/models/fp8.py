@@ -117,11 +117,6 @@ def misfit(text: TextShape, tp: int) -> str:
     return ""
 
 
-def ragged(text: TextShape, tp: int) -> list[str]:
-    """Return the weights of a rank whose last blocks of `blockwise` are not full; they are multiplied all the same."""
-    return [name for name, sides in matrices(text, tp).items() if any(side % FP8_BLOCK for side in sides)]
-
-
 def tensor_sizes(text: TextShape) -> list[int]:
     """Return the tensor-parallel sizes that the model can be cut into, FP8 aside."""
     return [tp for tp in range(1, text.num_heads + 1) if _can_be_cut(text, tp)]
