@@ -49,8 +49,8 @@ if [ "${CI:-}" = true ]; then
     skipped=$(install_slurm) || true
 fi
 result=5
-run -n 2 "${directories[@]}" "$@"
 run tests/gpu "$@"  # in a session of their own: GPUs are hidden from the others
+run -n 2 "${directories[@]}" "$@"
 if [ -z "$skipped" ]; then
     run tests/slurm "$@"
 else

@@ -9,7 +9,6 @@ import torch
 
 from tests.unit.test_moments import (  # noqa: F401 - collected here
     directory,
-    mesh,
     test_a_flipped_bit_is_found,
     test_a_parameter_without_gradients_stays,
     test_a_run_goes_on_with_other_moments,
