@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import getpass
 import json
 import os
@@ -9,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ def next_path(run_dir: Path) -> Path:
     return folder / str(max((int(name) for name in names if name.isdecimal()), default=-1) + 1)
 
 
-def write(path: Path, config: str, script: str, facts: Mapping[str, Any]) -> None:
-    """Write a snapshot: the package as it is now, ``config.yaml``, ``job.sbatch`` and ``facts.json``.
+def write(path: Path, config: str, script: str, facts: Mapping[str, Any], files: Sequence[str] = ()) -> None:
+    """Write a snapshot: the package as it is now, ``config.yaml``, ``job.sbatch``, ``facts.json`` and ``files/``.
 
-    It has another name until it is whole.
+    It has another name until it is whole. Of the user's ``files`` each name may come once.
 
     Raises:
         OSError: the disk is full, the directory cannot be written, or somebody took the same number just now.
@@ -43,11 +44,23 @@ def write(path: Path, config: str, script: str, facts: Mapping[str, Any]) -> Non
         (made / "config.yaml").write_text(config)
         (made / SCRIPT).write_text(script)
         (made / "facts.json").write_text(json.dumps({**_surroundings(package), **facts}, indent=1) + "\n")
-        made.rename(path)
+        (made / "files").mkdir()
+        for file in files:
+            shutil.copy(file, made / "files")
+        _take_number(made, path)
     except shutil.Error as error:  # a list of every file that it could not copy
         raise OSError(f"{path}: {error.args[0][0][2]}") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _take_number(made: Path, path: Path) -> None:
+    try:
+        made.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise OSError(f"{path}: another submission took this number just now: submit again") from error
 
 
 def _surroundings(package: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from megatron_vlmr1 import config
 from megatron_vlmr1.launch import slurm, snapshot
 from megatron_vlmr1.launch.cluster import check_warning, time_text
 from megatron_vlmr1.launch.script import BAD_NODES, Request, bad_nodes, render
+from megatron_vlmr1.rewards import tasks
 from megatron_vlmr1.runtime import lock
 from megatron_vlmr1.train.check import check_data, check_inputs
 
@@ -47,7 +48,7 @@ def _submit_snapshot(request: Request) -> list[str]:
     if nodes := bad_nodes(request.run_dir):
         logger.warning("without %s, as %s says", ", ".join(nodes), request.run_dir / BAD_NODES)
     (request.run_dir / "logs").mkdir(exist_ok=True)
-    snapshot.write(path, config.dump(request.cfg), text, _facts(request))
+    snapshot.write(path, config.dump(request.cfg), text, _facts(request), tasks.files(request.cfg.task))
     try:
         return _submit_chain(path / snapshot.SCRIPT, request.chain)
     except BaseException:  # Ctrl-C too: without its snapshot a job that SLURM has taken all the same ends at once

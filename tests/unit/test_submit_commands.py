@@ -41,8 +41,10 @@ def test_a_submission_freezes_code_and_config(
     fake(tmp_path / "bin", "sbatch", f'echo "$@" >>{calls}; n=$(wc -l <{calls}); echo "$((40 + n));cluster"')
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     path = jobs.write_config(tmp_path, shards, parallel={"tensor_model_parallel_size": 1})
+    task = tmp_path / "my_task.py"
+    task.write_text((ROOT / "megatron_vlmr1/rewards/tasks/rec.py").read_text())
     words = ["submit", str(path), "--nodes", "2", "--cluster", "cpu", "--chain", "3", "--json", "train.steps=7"]
-    assert main([*words, "--rewards-nodes", "1"]) == 0
+    assert main([*words, "--rewards-nodes", "1", f"task={task}"]) == 0
     frozen = tmp_path / "run/snapshots/0"
     assert json.loads(capsys.readouterr().out) == {"jobs": ["41", "42", "43"], "run_dir": str(tmp_path / "run")}
     sent = [line.split() for line in calls.read_text().splitlines()]
@@ -53,6 +55,8 @@ def test_a_submission_freezes_code_and_config(
     ]
     cfg = config.load(frozen / "config.yaml")
     assert cfg.train.steps == 7 and cfg.rewards.workers == 8
+    assert cfg.task == str(task) and (frozen / "files/my_task.py").read_bytes() == task.read_bytes()
+    assert " VLMR1_FILES=$SNAPSHOT/files " in (frozen / "job.sbatch").read_text()
     assert cfg.rewards.keys == str(tmp_path / "run/rewards-keys") and (tmp_path / "run/rewards-keys/clients").is_dir()
     facts = json.loads((frozen / "facts.json").read_text())
     assert facts["chain"] == 3 and facts["cluster"]["tasks_per_node"] == 1 and facts["versions"]["torch"]
@@ -118,6 +122,13 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(shutil, "copytree", full)
     with pytest.raises(OSError, match=f"^{tmp_path}/0: .Errno 28. No space left on device: 'a'$"):
         snapshot.write(tmp_path / "0", "", "", {})
+
+
+def test_a_number_that_another_submission_took(tmp_path: Path) -> None:
+    snapshot.write(tmp_path / "0", "first", "", {})
+    with pytest.raises(OSError, match=f"^{tmp_path}/0: another submission took this number just now: submit again$"):
+        snapshot.write(tmp_path / "0", "second", "", {})
+    assert (tmp_path / "0/config.yaml").read_text() == "first" and os.listdir(tmp_path) == ["0"]
 
 
 def test_slurm_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -276,6 +277,22 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no reward named whisper and none in"):
         tasks.check(str(path), ["whisper"])
     assert tasks.files("rec") == ()
+
+
+def test_a_job_reads_its_copy_of_a_task_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "my_task.py"
+    path.write_text("raise RuntimeError('edited while the job was waiting')")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/my_task.py").write_text(OWN + "WHERE = __file__\n")
+    code = (
+        "import sys; from megatron_vlmr1.rewards import functions, tasks\n"
+        "path = sys.argv[1]; print(tasks.get(path).name, functions.load_file(path).WHERE)"
+    )
+    words, env = [sys.executable, "-c", code, str(path)], {**os.environ, "VLMR1_FILES": str(tmp_path / "files")}
+    for _ in range(2):
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+        assert done.stdout == f"shouting {path}\n"
+        path.unlink(missing_ok=True)
 
 
 def test_the_example_of_the_readme_works(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from types import ModuleType
 from megatron_vlmr1.rewards.item import RewardItem
 
 RewardFunction = Callable[[RewardItem], float]
+
+FROZEN = "VLMR1_FILES"  # in the environment: a directory with users' files as they were when their job was submitted
 
 
 def names() -> list[str]:
@@ -57,14 +60,23 @@ def get(name: str, files: tuple[str, ...] = ()) -> RewardFunction:
 
 @functools.cache
 def load_file(path: str) -> ModuleType:
-    """Execute a user's Python file and return what it defines.
+    """Execute a user's Python file, or a job's copy of it, and return what it defines.
 
     Raises:
         ValueError: it is no Python file. What the file itself raises is passed on.
     """
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, source(path))
     if spec is None or spec.loader is None:
         raise ValueError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
+    module.__file__ = path  # of the original, beside which a file may look for others
     spec.loader.exec_module(module)
     return module
+
+
+def source(path: str) -> Path:
+    """Return where a user's Python file is read: a job's copy of it, where it has one."""
+    folder = os.environ.get(FROZEN)
+    if folder and (copy := Path(folder, Path(path).name)).is_file():
+        return copy
+    return Path(path)

@@ -48,7 +48,7 @@ def check(name: str, recipe: Iterable[str] = ()) -> None:
 
 
 def _own(path: str) -> Task:
-    if not Path(path).is_file():
+    if not functions.source(path).is_file():
         raise ValueError(f"task: {path}: no such file")
     try:
         module = functions.load_file(str(Path(path).resolve()))
