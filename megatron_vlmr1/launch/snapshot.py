@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_vlmr1
+from megatron_vlmr1.rewards import functions
 
 SCRIPT = "job.sbatch"
 _PACKAGES = ("megatron-core", "torch", "transformers", "transformer-engine")
@@ -32,7 +33,7 @@ def next_path(run_dir: Path) -> Path:
 def write(path: Path, config: str, script: str, facts: Mapping[str, Any], files: Sequence[str] = ()) -> None:
     """Write a snapshot: the package as it is now, ``config.yaml``, ``job.sbatch``, ``facts.json`` and ``files/``.
 
-    It has another name until it is whole. Of the user's ``files`` each name may come once.
+    It has another name until it is whole.
 
     Raises:
         OSError: the disk is full, the directory cannot be written, or somebody took the same number just now.
@@ -44,14 +45,23 @@ def write(path: Path, config: str, script: str, facts: Mapping[str, Any], files:
         (made / "config.yaml").write_text(config)
         (made / SCRIPT).write_text(script)
         (made / "facts.json").write_text(json.dumps({**_surroundings(package), **facts}, indent=1) + "\n")
-        (made / "files").mkdir()
         for file in files:
-            shutil.copy(file, made / "files")
+            _freeze(file, made / "files")
         _take_number(made, path)
     except shutil.Error as error:  # a list of every file that it could not copy
         raise OSError(f"{path}: {error.args[0][0][2]}") from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _freeze(file: str, folder: Path) -> None:
+    copy = functions.copy_in(folder, file)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_bytes(functions.source(file).read_bytes())
 
 
 def _take_number(made: Path, path: Path) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from pebble import ProcessExpired, ProcessPool
 
-from megatron_vlmr1.rewards import wire, worker
+from megatron_vlmr1.rewards import functions, wire, worker
 from megatron_vlmr1.rewards.wire import Result
 
 _BATCH_S = 0.02  # items are handed over in batches that take about this long, a batch ahead
@@ -51,7 +51,7 @@ class PoolSettings:
         if self.memory_bytes < _LEAST_MEMORY_BYTES:
             raise ValueError(f"rewards: memory_bytes must be at least {_LEAST_MEMORY_BYTES}: Python itself needs that")
         for path in self.files:
-            if not os.path.isfile(path):
+            if not functions.source(path).is_file():
                 raise ValueError(f"rewards: {path}: no such file of reward functions")
 
 

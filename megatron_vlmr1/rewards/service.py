@@ -50,7 +50,7 @@ class RewardService:
             ValueError: a setting is out of range, a file is missing, or the temporary directory's path is too long
                 for a socket.
         """
-        files = tuple(str(path.resolve()) for path in functions)
+        files = tuple(os.path.abspath(path) for path in functions)
         settings = PoolSettings(config.workers, config.deadline_s, config.memory_bytes, files)
         self.restarts = 0
         self.log_path = log_dir / "rewards.log"

@@ -101,6 +101,17 @@ def test_score_with_a_function_of_the_users_own(tmp_path: Path) -> None:
     assert out[1]["failure"].startswith("missing: ValueError: no reward named missing and none in ")
 
 
+def test_score_with_a_jobs_copy_of_a_users_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own.py"
+    own.symlink_to(tmp_path / "gone.py")
+    copy = functions.copy_in(tmp_path / "files", str(own))
+    copy.parent.mkdir(parents=True)
+    copy.write_text("def brevity(item):\n    return 1 / (1 + len(item.completion))\n")
+    monkeypatch.setenv(functions.FROZEN, str(tmp_path / "files"))
+    row = {"reward": "brevity", "completion": "abc", "solution": ""}
+    assert score(lines(row), "--functions", str(own)) == [{"value": 0.25, "parts": {"brevity": 0.25}, "failure": None}]
+
+
 def test_list(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["rewards", "list", "--json"]) == 0
     said = json.loads(capfd.readouterr().out)

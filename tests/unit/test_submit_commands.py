@@ -55,7 +55,7 @@ def test_a_submission_freezes_code_and_config(
     ]
     cfg = config.load(frozen / "config.yaml")
     assert cfg.train.steps == 7 and cfg.rewards.workers == 8
-    assert cfg.task == str(task) and (frozen / "files/my_task.py").read_bytes() == task.read_bytes()
+    assert cfg.task == str(task) and Path(f"{frozen}/files{task}").read_bytes() == task.read_bytes()
     assert " VLMR1_FILES=$SNAPSHOT/files " in (frozen / "job.sbatch").read_text()
     assert cfg.rewards.keys == str(tmp_path / "run/rewards-keys") and (tmp_path / "run/rewards-keys/clients").is_dir()
     facts = json.loads((frozen / "facts.json").read_text())
@@ -122,6 +122,16 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(shutil, "copytree", full)
     with pytest.raises(OSError, match=f"^{tmp_path}/0: .Errno 28. No space left on device: 'a'$"):
         snapshot.write(tmp_path / "0", "", "", {})
+
+
+def test_a_full_disk_and_a_file_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "copytree", lambda source, target, **rest: target.mkdir(parents=True))
+    with pytest.raises(FileNotFoundError, match=f"No such file or directory: '{tmp_path}/task.py'$"):
+        snapshot.write(tmp_path / "0", "", "", {}, [str(tmp_path / "task.py")])
+    monkeypatch.setattr(snapshot, "_freeze", lambda file, folder: Path("/dev/full").write_text(file))
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/0'$"):
+        snapshot.write(tmp_path / "0", "", "", {}, ["task.py"])
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_number_that_another_submission_took(tmp_path: Path) -> None:

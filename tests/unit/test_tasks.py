@@ -282,8 +282,12 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
 def test_a_job_reads_its_copy_of_a_task_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "my_task.py"
     path.write_text("raise RuntimeError('edited while the job was waiting')")
-    (tmp_path / "files").mkdir()
-    (tmp_path / "files/my_task.py").write_text(OWN + "WHERE = __file__\n")
+    other = tmp_path / "other" / path.name
+    copy = functions.copy_in(tmp_path / "files", str(path))
+    for folder in (copy.parent, other.parent):
+        folder.mkdir(parents=True)
+    copy.write_text(OWN + "WHERE = __file__\n")
+    other.write_text("TASK = 3")
     code = (
         "import sys; from megatron_vlmr1.rewards import functions, tasks\n"
         "path = sys.argv[1]; print(tasks.get(path).name, functions.load_file(path).WHERE)"
@@ -293,6 +297,8 @@ def test_a_job_reads_its_copy_of_a_task_of_ones_own(tmp_path: Path) -> None:
         done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
         assert done.stdout == f"shouting {path}\n"
         path.unlink(missing_ok=True)
+    done = subprocess.run([*words[:3], str(other)], env=env, capture_output=True, text=True, check=False)
+    assert "its TASK is a int" in done.stderr, "another file of that name is itself"
 
 
 def test_the_example_of_the_readme_works(tmp_path: Path) -> None:

@@ -77,6 +77,11 @@ def load_file(path: str) -> ModuleType:
 def source(path: str) -> Path:
     """Return where a user's Python file is read: a job's copy of it, where it has one."""
     folder = os.environ.get(FROZEN)
-    if folder and (copy := Path(folder, Path(path).name)).is_file():
+    if folder and (copy := copy_in(folder, path)).is_file():
         return copy
     return Path(path)
+
+
+def copy_in(folder: str | Path, path: str) -> Path:
+    """Return where a directory of copies has a user's file: under its whole path, as another may have its name."""
+    return Path(folder, *Path(os.path.abspath(path)).parts[1:])

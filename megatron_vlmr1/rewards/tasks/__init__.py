@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Iterable
-from pathlib import Path
 
 from megatron_vlmr1.rewards import functions
 from megatron_vlmr1.rewards.task import Task
@@ -33,7 +33,7 @@ def get(name: str) -> Task:
 
 def files(name: str) -> tuple[str, ...]:
     """Return the user's Python files in which the task's reward functions may lie."""
-    return (str(Path(name).resolve()),) if name.endswith(".py") else ()
+    return (os.path.abspath(name),) if name.endswith(".py") else ()
 
 
 def check(name: str, recipe: Iterable[str] = ()) -> None:
@@ -51,7 +51,7 @@ def _own(path: str) -> Task:
     if not functions.source(path).is_file():
         raise ValueError(f"task: {path}: no such file")
     try:
-        module = functions.load_file(str(Path(path).resolve()))
+        module = functions.load_file(os.path.abspath(path))
     except Exception as error:  # whatever a user's file may raise
         raise ValueError(f"task: {path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     task = getattr(module, "TASK", None)
