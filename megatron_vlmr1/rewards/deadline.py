@@ -13,6 +13,7 @@ from megatron_vlmr1.rewards.item import RewardFailure
 
 _T = TypeVar("_T")
 _AGAIN_S = 0.05  # a library that swallows the interrupt is interrupted again
+_looking = False  # whether a signal's handler is under way
 
 
 class _Interrupt(BaseException):
@@ -52,7 +53,14 @@ def _bounded(function: Callable[[], _T]) -> _T:
 
 def _interrupt(_number: int, frame: FrameType | None) -> None:
     """Raise where a bounded call is under way, not where its timer rings as it is being switched off."""
-    while frame is not None and frame.f_code is not _bounded.__code__:
-        frame = frame.f_back
+    global _looking
+    if _looking:  # it takes longer than the timer, which rings again
+        return
+    _looking = True
+    try:
+        while frame is not None and frame.f_code is not _bounded.__code__:
+            frame = frame.f_back
+    finally:
+        _looking = False
     if frame is not None:
         raise _Interrupt

@@ -222,6 +222,31 @@ def test_a_timer_that_rings_again_and_again_harms_nobody(monkeypatch: pytest.Mon
             within(2e-4, busy)
 
 
+SLOW_TO_LOOK = """
+import sys, time
+from megatron_vlmr1.rewards import deadline
+
+def busy(seconds):
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+sys.addaudithook(lambda event, _: busy(3e-4) if event == "object.__getattr__" else None)  # what frame.f_code tells
+deadline._AGAIN_S = 1e-4
+for _ in range(20):
+    try:
+        deadline.within(2e-4, lambda: busy(5))
+    except deadline.RewardFailure:
+        continue
+    sys.exit("it was not interrupted")
+"""
+
+
+def test_a_timer_that_rings_before_its_handler_is_done() -> None:
+    done = subprocess.run([sys.executable, "-c", SLOW_TO_LOOK], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_repair_is_bounded() -> None:
     for source in ("[" * 15_000, '{"a":' * 3000, '[{"bbox_2d": [1' * 1000, "\\" * 15_000, '"' * 15_000, "[{'" * 5000):
         for compat in ("none", "vlm-r1"):
