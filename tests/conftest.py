@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector what was imported: otherwise it takes a quarter of the time of building modules."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Any]:
+    """This process as the only rank, in a process group of its own for each file."""
+    from tests.distributed import ranks  # which imports torch; not every session needs it
+
+    with ranks.alone() as built:
+        yield built
 
 
 @pytest.hookimpl(optionalhook=True)

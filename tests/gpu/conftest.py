@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,6 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
         te_modules.install(monkeypatch)
     elif importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("Transformer Engine is not installed: pip install --no-build-isolation -e '.[cuda]'")
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Any]:
-    """This process alone."""
-    from tests.distributed import ranks
-
-    with ranks.alone() as built:
-        yield built
 
 
 @pytest.fixture(scope="session")

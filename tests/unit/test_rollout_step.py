@@ -76,11 +76,14 @@ def one_rollout(seed: int) -> tuple[float, set[str]]:
         lane.take_burst(tokens, np.zeros((burst.ticks + 1, 2, n), np.float32), cache)
         for i, name in enumerate(who):
             drawn[name] += tokens[0 if i >= burst.entered else 1 :, i].tolist()
-    for name, row in drawn.items():  # each until its first stop or its limit
-        stops = [k for k, token in enumerate(row) if token < 2]
-        assert made[name] == row[: min([limits[name], *(k + 1 for k in stops)])]
-    assert made.keys() == drawn.keys()
+    assert made == {name: until_end(row, limits[name]) for name, row in drawn.items()}
     return worst, seen
+
+
+def until_end(row: list[int], limit: int) -> list[int]:
+    """A row's tokens up to its first stop, or to its limit."""
+    stops = [k for k, token in enumerate(row) if token < 2]
+    return row[: min([limit, *(k + 1 for k in stops)])]
 
 
 def plain(q: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
